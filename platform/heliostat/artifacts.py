@@ -1,0 +1,323 @@
+"""Artifacts: `kind/name@version`, complete if and only if their `artifact.json` exists, and the lineage between them.
+
+Layout under a store:
+
+    <kind>/<name>@<version>/draft.json      while the artifact is being made: fingerprint and configuration
+    <kind>/<name>@<version>/_work/...       resumable state of the stage, removed at commit
+    <kind>/<name>@<version>/<files>         the content
+    <kind>/<name>@<version>/artifact.json   the record, written last
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from heliostat.config import canonical_json, changed_fields
+from heliostat.errors import (
+    ArtifactConflictError,
+    ArtifactError,
+    ArtifactNotFoundError,
+    ObjectExistsError,
+    ObjectNotFoundError,
+    UsageError,
+)
+from heliostat.storage import Store
+
+RECORD = "artifact.json"
+DRAFT = "draft.json"
+WORK = "_work/"
+KINDS = ("raw", "curated", "model", "report", "release", "sweep")
+_REF = re.compile(r"^(?P<kind>[a-z]+)/(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)@(?P<version>[A-Za-z0-9][A-Za-z0-9._-]*)$")
+
+
+@dataclass(frozen=True, order=True)
+class ArtifactRef:
+    """The identity of an artifact, written `kind/name@version`."""
+
+    kind: str
+    name: str
+    version: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}/{self.name}@{self.version}"
+
+    @classmethod
+    def parse(cls, text: str) -> "ArtifactRef":
+        """Parse `kind/name@version`. Raises UsageError."""
+        match = _REF.match(text)
+        if match is None or match["kind"] not in KINDS:
+            raise UsageError(f"{text!r} is not an artifact; write kind/name@version with kind one of {', '.join(KINDS)}")
+        return cls(match["kind"], match["name"], match["version"])
+
+
+class FileRecord(BaseModel):
+    """Size in bytes and sha256 of one file of an artifact."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    num_bytes: int
+    sha256: str
+
+
+class ArtifactRecord(BaseModel):
+    """What `artifact.json` holds. Hosts, devices and absolute paths are never in it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: str
+    name: str
+    version: str
+    fingerprint: str
+    inputs: dict[str, str] = {}
+    input_fingerprints: dict[str, str] = {}
+    config: dict[str, Any] = {}
+    code_version: str = ""
+    counts: dict[str, int] = {}
+    metrics: dict[str, float] = {}
+    files: dict[str, FileRecord] = {}
+    created: str = ""
+
+    @property
+    def ref(self) -> ArtifactRef:
+        """The identity of this artifact."""
+        return ArtifactRef(self.kind, self.name, self.version)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A complete artifact: its record and the store that holds its files."""
+
+    record: ArtifactRecord
+    files: Store
+
+    @property
+    def ref(self) -> ArtifactRef:
+        """The identity of this artifact."""
+        return self.record.ref
+
+    def read_json(self, key: str) -> Any:
+        """Parse one JSON file of the artifact."""
+        return json.loads(self.files.read(key))
+
+
+@dataclass
+class Draft:
+    """An artifact being made. `put` files, then `commit`; keys under `_work/` are scratch and vanish at commit."""
+
+    ref: ArtifactRef
+    fingerprint: str
+    config: Mapping[str, Any]
+    inputs: Mapping[str, "Artifact"]
+    files: Store
+    state: dict[str, Any]
+    resumed: bool
+    _written: dict[str, FileRecord] = field(default_factory=dict)
+
+    def put(self, key: str, data: bytes) -> FileRecord:
+        """Write one file atomically and remember its checksum."""
+        self.files.put(key, data)
+        return self.note(key, describe(data))
+
+    def note(self, key: str, file: FileRecord) -> FileRecord:
+        """Remember the checksum of a file that another process wrote."""
+        self._written[key] = file
+        return file
+
+    def remember(self, **state: Any) -> None:
+        """Keep small values (such as a tracker's run id) in the draft, for the next attempt."""
+        self.state.update(state)
+        self.files.put(DRAFT, _draft_bytes(self.fingerprint, self.config, self.state))
+
+    def commit(
+        self, *, counts: Mapping[str, int], metrics: Mapping[str, float] | None = None, code_version: str = ""
+    ) -> "Artifact":
+        """Write the record, then remove the scratch. Raises ArtifactConflictError when another writer was first."""
+        files = {}
+        for entry in self.files.list():
+            if entry.key in (DRAFT, RECORD) or entry.key.startswith(WORK):
+                continue
+            files[entry.key] = self._written.get(entry.key) or describe(self.files.read(entry.key))
+        record = ArtifactRecord(
+            kind=self.ref.kind,
+            name=self.ref.name,
+            version=self.ref.version,
+            fingerprint=self.fingerprint,
+            inputs={role: str(artifact.ref) for role, artifact in self.inputs.items()},
+            input_fingerprints={role: artifact.record.fingerprint for role, artifact in self.inputs.items()},
+            config=dict(self.config),
+            code_version=code_version,
+            counts=dict(counts),
+            metrics=dict(metrics or {}),
+            files=files,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        try:
+            self.files.put(RECORD, (record.model_dump_json(indent=1) + "\n").encode(), overwrite=False)
+        except ObjectExistsError:
+            winner = _load_record(self.files, self.ref)
+            _refuse_change(self.ref, winner.config, winner.fingerprint, self.config, self.fingerprint)
+            record = winner
+        clean(self.files)
+        return Artifact(record, self.files)
+
+
+def describe(data: bytes) -> FileRecord:
+    """Size and sha256 of a file's content."""
+    return FileRecord(num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def clean(files: Store) -> None:
+    """Remove the scratch of a committed artifact (what an interrupted commit left is removed too)."""
+    for entry in list(files.list(WORK)):
+        files.delete(entry.key)
+    files.delete(DRAFT)
+
+
+def _draft_bytes(fingerprint: str, config: Mapping[str, Any], state: Mapping[str, Any]) -> bytes:
+    return (json.dumps({"fingerprint": fingerprint, "config": config, "state": state}, indent=1) + "\n").encode()
+
+
+def _load_record(files: Store, ref: ArtifactRef) -> ArtifactRecord:
+    try:
+        return ArtifactRecord.model_validate_json(files.read(RECORD))
+    except ObjectNotFoundError as error:
+        raise ArtifactNotFoundError(f"no artifact {ref} in the store; run the stage that makes it first") from error
+    except ValidationError as error:
+        raise ArtifactError(f"{files.uri}/{RECORD} is not an artifact record: {error.errors()[0]['msg']}") from error
+
+
+def _refuse_change(
+    ref: ArtifactRef, old_config: Mapping[str, Any], old_fingerprint: str, config: Mapping[str, Any], fingerprint: str
+) -> None:
+    if old_fingerprint == fingerprint:
+        return
+    changes = changed_fields(old_config, config)
+    shown = "; ".join(changes[:5]) + (f"; and {len(changes) - 5} more" if len(changes) > 5 else "")
+    raise ArtifactConflictError(
+        f"{ref} exists with another configuration ({shown or 'its inputs changed'}); give version=... or restore the settings"
+    )
+
+
+class ArtifactStore:
+    """All artifacts under one store."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def files(self, ref: ArtifactRef) -> Store:
+        """The store of one artifact's files, complete or not."""
+        return self.store.child(str(ref))
+
+    def find(self, ref: ArtifactRef) -> Artifact | None:
+        """The artifact, or None when it is not complete."""
+        files = self.files(ref)
+        return Artifact(_load_record(files, ref), files) if files.size(RECORD) is not None else None
+
+    def load(self, ref: ArtifactRef) -> Artifact:
+        """The artifact. Raises ArtifactNotFoundError."""
+        files = self.files(ref)
+        return Artifact(_load_record(files, ref), files)
+
+    def list(self) -> list[ArtifactRef]:
+        """Every complete artifact, sorted."""
+        keys = [entry.key for entry in self.store.list() if entry.key.endswith(f"/{RECORD}")]
+        folders = [key.removesuffix(f"/{RECORD}") for key in keys]
+        return sorted(ArtifactRef.parse(folder) for folder in folders if _REF.match(folder))
+
+    def begin(
+        self,
+        ref: ArtifactRef,
+        *,
+        config: Mapping[str, Any],
+        inputs: Mapping[str, Artifact],
+        notify: Callable[[str], None],
+    ) -> Artifact | Draft:
+        """The finished artifact when it exists with this fingerprint, else a draft to fill.
+
+        A draft that an interrupted run left is taken up again when its fingerprint agrees, and is discarded (with a notice)
+        when it does not. Raises ArtifactConflictError when the version is complete with another fingerprint.
+        """
+        plain_config: dict[str, Any] = json.loads(canonical_json(config))
+        plain_inputs = {role: artifact.record.fingerprint for role, artifact in inputs.items()}
+        fingerprint = compute_fingerprint(ref.kind, plain_config, plain_inputs)
+        found = self.find(ref)
+        if found is not None:
+            _refuse_change(ref, found.record.config, found.record.fingerprint, plain_config, fingerprint)
+            clean(found.files)
+            return found
+        files = self.files(ref)
+        state, resumed = _take_up(files, ref, fingerprint, notify)
+        files.put(DRAFT, _draft_bytes(fingerprint, plain_config, state))
+        return Draft(ref, fingerprint, plain_config, inputs, files, state, resumed)
+
+
+def _take_up(files: Store, ref: ArtifactRef, fingerprint: str, notify: Callable[[str], None]) -> tuple[dict[str, Any], bool]:
+    try:
+        draft = json.loads(files.read(DRAFT))
+    except ObjectNotFoundError:
+        draft = None
+    except ValueError as error:
+        raise ArtifactError(f"{files.uri}/{DRAFT} is not JSON; remove the folder to start {ref} again") from error
+    if draft is not None and draft["fingerprint"] == fingerprint:
+        notify(f"{ref}: resuming an interrupted run")
+        return dict(draft["state"]), True
+    leftovers = list(files.list())
+    if leftovers:
+        notify(f"{ref}: discarding {len(leftovers)} files of an unfinished run with other settings")
+    for entry in leftovers:
+        files.delete(entry.key)
+    return {}, False
+
+
+def compute_fingerprint(kind: str, config: Mapping[str, Any], input_fingerprints: Mapping[str, str]) -> str:
+    """sha256 over kind, resolved configuration and the fingerprints of the inputs; names and places are not in it."""
+    text = canonical_json({"kind": kind, "config": config, "inputs": input_fingerprints})
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def verify(artifact: Artifact) -> int:
+    """Re-read every file and compare its checksum; returns the number of files. Raises ArtifactError on a mismatch."""
+    for key, expected in artifact.record.files.items():
+        found = describe(artifact.files.read(key))
+        if found != expected:
+            raise ArtifactError(
+                f"{artifact.ref}: {key} has {found.num_bytes} bytes, sha256 {found.sha256[:12]}; "
+                f"recorded {expected.num_bytes} bytes, {expected.sha256[:12]}"
+            )
+    return len(artifact.record.files)
+
+
+@dataclass(frozen=True)
+class LineageNode:
+    """One artifact in a lineage tree; `record` is None when it is not in this store."""
+
+    role: str
+    ref: ArtifactRef
+    record: ArtifactRecord | None
+    inputs: tuple["LineageNode", ...]
+
+
+def lineage(artifacts: ArtifactStore, ref: ArtifactRef, role: str = "") -> LineageNode:
+    """Walk from an artifact to everything it was made from."""
+    found = artifacts.find(ref)
+    if found is None and not role:
+        raise ArtifactNotFoundError(f"no artifact {ref} in {artifacts.store.uri}")
+    inputs = found.record.inputs if found else {}
+    children = tuple(lineage(artifacts, ArtifactRef.parse(target), name) for name, target in sorted(inputs.items()))
+    return LineageNode(role, ref, found.record if found else None, children)
+
+
+def render_lineage(node: LineageNode, prefix: str = "", branch: str = "") -> list[str]:
+    """The tree as lines of text, inputs indented below what was made from them."""
+    role = f"{node.role}: " if node.role else ""
+    counts = ", ".join(f"{value:,} {name}" for name, value in (node.record.counts if node.record else {}).items())
+    missing = "  (not in this store)" if node.record is None else ""
+    lines = [f"{prefix}{branch}{role}{node.ref}{missing}" + (f"  [{counts}]" if counts else "")]
+    inner = prefix + ("" if not branch else "   " if branch.startswith("└") else "│  ")
+    for position, child in enumerate(node.inputs):
+        lines += render_lineage(child, inner, "└─ " if position == len(node.inputs) - 1 else "├─ ")
+    return lines

@@ -1,0 +1,126 @@
+"""The `heliostat` command: `heliostat <verb> [RECIPE] [key=value ...]`.
+
+Nothing heavy is imported before a verb is known, so that `--help` answers at once. Exit status: 0 done, 1 failed, 2 the request
+is wrong, 130 interrupted.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from heliostat import __version__
+from heliostat.errors import HeliostatError, UsageError
+
+STAGE_VERBS = {
+    "ingest": "pack image files into shards: raw/<name>@<version>",
+    "curate": "decode, deduplicate, retrieve and balance: curated/<name>@<version>",
+    "pretrain": "train a backbone without labels: model/<name>@<version>; `data=./photos` needs no recipe",
+    "sweep": "try settings side by side: sweep/<name>@<version>",
+    "distill": "train a smaller student of the model: model/<name>-student@<version>",
+    "evaluate": "k-NN and linear probe against baselines: report/<name>@<version>",
+    "publish": "safetensors and model card, checked: release/<name>@<version>",
+}
+OTHER_VERBS = {
+    "run": "all stages of a recipe in order; finished ones are reused",
+    "demo": "run recipes/demo.yaml: the whole chain on real photographs",
+    "lineage": "print what an artifact was made from: heliostat lineage KIND/NAME@VERSION",
+    "artifacts": "list the complete artifacts of a store",
+    "why": "tell the story of one image: heliostat why CURATED-ARTIFACT ID-OR-SOURCE",
+    "recipes": "list the shipped recipes",
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """A parsed command line."""
+
+    verb: str
+    words: tuple[str, ...]
+    overrides: tuple[str, ...]
+    dry_run: bool
+    debug: bool
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The argument parser, help text included."""
+    verbs = "\n".join(f"  {verb:10} {text}" for verb, text in {**OTHER_VERBS, **STAGE_VERBS}.items())
+    parser = argparse.ArgumentParser(
+        prog="heliostat",
+        usage="heliostat VERB [RECIPE] [key.path=value ...] [--dry-run] [--debug]",
+        description="Turn your own raw images into your own vision foundation models.",
+        epilog=f"verbs:\n{verbs}\n\nA stage verb reads keys of its own section first: `heliostat pretrain R optim.lr=2e-4`\n"
+        "sets pretrain.optim.lr. RECIPE is a file or the name of a shipped recipe.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("verb", choices=[*OTHER_VERBS, *STAGE_VERBS], metavar="VERB", help="what to do, see below")
+    parser.add_argument("words", nargs="*", metavar="RECIPE | key=value", help="a recipe, and settings that override it")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and what it will cost, then stop")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks and the logs of workers")
+    parser.add_argument("--version", action="version", version=f"heliostat {__version__}")
+    return parser
+
+
+def parse(arguments: Sequence[str]) -> Request:
+    """Split the words into recipe (no `=`) and overrides (with `=`)."""
+    options = build_parser().parse_intermixed_args(list(arguments))
+    words = tuple(word for word in options.words if "=" not in word)
+    overrides = tuple(word for word in options.words if "=" in word)
+    return Request(options.verb, words, overrides, options.dry_run, options.debug)
+
+
+def _one_word(request: Request, meaning: str, default: str = "") -> str:
+    if len(request.words) > 1 or (not request.words and not default):
+        given = " ".join(request.words) or "nothing"
+        raise UsageError(f"heliostat {request.verb} takes one {meaning}, got {given}; see heliostat --help")
+    return request.words[0] if request.words else default
+
+
+def dispatch(request: Request) -> None:
+    """Run one verb. Raises HeliostatError."""
+    from heliostat.runtime import verbs
+
+    if request.verb == "recipes":
+        verbs.print_recipes()
+    elif request.verb == "lineage":
+        verbs.print_lineage(_one_word(request, "artifact"), request.overrides)
+    elif request.verb == "artifacts":
+        verbs.print_artifacts(request.overrides)
+    elif request.verb == "why":
+        if len(request.words) != 2:
+            raise UsageError("heliostat why takes a curated artifact and an image id or source; see heliostat --help")
+        verbs.print_why(request.words[0], request.words[1], request.overrides)
+    elif request.verb == "demo":
+        verbs.run_recipe(_one_word(request, "recipe", "demo"), request.overrides, dry_run=request.dry_run)
+    elif request.verb == "run":
+        verbs.run_recipe(_one_word(request, "recipe"), request.overrides, dry_run=request.dry_run)
+    else:
+        has_data = (
+            request.verb == "pretrain"
+            and not request.words
+            and any(override.startswith("data=") for override in request.overrides)
+        )
+        recipe = _one_word(request, "recipe", verbs.OWN_IMAGES if has_data else "")
+        verbs.run_recipe(recipe, request.overrides, stage=request.verb, dry_run=request.dry_run)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit status."""
+    request = parse(sys.argv[1:] if arguments is None else arguments)
+    if request.debug:
+        os.environ["HELIOSTAT_DEBUG"] = "1"
+    try:
+        dispatch(request)
+    except HeliostatError as error:
+        if request.debug:
+            raise
+        print(f"heliostat: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("heliostat: interrupted; the same command resumes where it stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0

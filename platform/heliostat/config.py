@@ -1,0 +1,200 @@
+"""Strict recipes: YAML in, frozen pydantic models out, one override dialect, errors of one line.
+
+A recipe is a mapping of sections. `load_mapping` reads it, `apply_overrides` lays `key.path=value` over it, and `validate`
+turns it into a model. Numbers follow YAML 1.2 (`2e-4` is a number); a key that appears twice is refused.
+"""
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from heliostat.errors import ConfigError
+
+M = TypeVar("M", bound=BaseModel)
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class StrictModel(BaseModel):
+    """Base of every configuration: frozen, unknown keys refused, no silent conversion of types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True, use_attribute_docstrings=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with YAML 1.2 floats and without duplicate keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            key = str(key_node.value)
+            if key in seen:
+                raise ConfigError(
+                    f"{key_node.start_mark.name}:{key_node.start_mark.line + 1}: key {key!r} is given twice; keep one"
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes inside the package, sorted."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def find_recipe(name: str) -> Path:
+    """Resolve a recipe argument: an existing file first, else a shipped recipe by its stem (`demo`, `recipes/demo.yaml`)."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = RECIPES / f"{path.stem}.yaml"
+    if shipped.is_file() and str(path.parent) in (".", "recipes"):
+        return shipped
+    near = difflib.get_close_matches(path.stem, shipped_recipes(), n=1)
+    hint = f"Did you mean {near[0]}?" if near else f"Shipped recipes: {', '.join(shipped_recipes())}"
+    raise ConfigError(f"no recipe at {name}. {hint}")
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Parse one YAML document; a syntax error becomes a ConfigError of one line."""
+    loader = _Loader(text)
+    loader.name = source
+    try:
+        return loader.get_single_data()
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
+    finally:
+        loader.dispose()
+
+
+def load_mapping(path: Path) -> dict[str, Any]:
+    """Read a recipe file as a mapping of sections."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read recipe {path}: {error}") from error
+    data = parse_yaml(text, str(path))
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: a recipe is a mapping of sections, this is a {type(data).__name__}")
+    return data
+
+
+def apply_overrides(mapping: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Lay `key.path=value` strings over a recipe; values are YAML. Returns a new mapping."""
+    result: dict[str, Any] = json.loads(json.dumps(mapping))
+    for override in overrides:
+        dotted, equals, text = override.partition("=")
+        if not equals or not dotted.strip():
+            raise ConfigError(f"{override!r} is not an override; write key.path=value")
+        target = result
+        *parents, last = dotted.strip().split(".")
+        for depth, parent in enumerate(parents):
+            child = target.setdefault(parent, {})
+            if child is None:
+                child = target[parent] = {}
+            if not isinstance(child, dict):
+                raise ConfigError(f"{'.'.join(parents[: depth + 1])} is a value, not a section; {dotted} cannot be set")
+            target = child
+        target[last] = parse_yaml(text, f"override {dotted}") if text.strip() else None
+    return result
+
+
+def _submodel(annotation: Any) -> type[BaseModel] | None:
+    """The model inside an annotation such as `Section`, `Section | None` or `tuple[Section, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in get_args(annotation):
+        if (found := _submodel(argument)) is not None:
+            return found
+    return None
+
+
+def walk_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, FieldInfo) of a model, sections before their fields."""
+    for name, field in model.model_fields.items():
+        yield f"{prefix}{name}", field
+        child = _submodel(field.annotation)
+        if child is not None:
+            yield from walk_fields(child, f"{prefix}{name}.")
+
+
+def _unknown_key(model: type[BaseModel], dotted: str) -> str:
+    known = [key for key, _ in walk_fields(model)]
+    parent, _, last = dotted.rpartition(".")
+    siblings = [key for key in known if key.rpartition(".")[0] == parent]
+    near = difflib.get_close_matches(dotted, siblings, n=1, cutoff=0.5) or difflib.get_close_matches(
+        dotted, known, n=1, cutoff=0.6
+    )
+    same_name = [key for key in known if key.rpartition(".")[2] == last]
+    guess = (same_name or near)[:1]
+    hint = f" Did you mean {guess[0]}?" if guess else f" Known here: {', '.join(key.rpartition('.')[2] for key in siblings)}"
+    return f"unknown key: {dotted}.{hint}"
+
+
+def validate(model: type[M], mapping: Mapping[str, Any], source: str) -> M:
+    """Validate a mapping; the first error is raised as one line that names key, value and limit."""
+    try:
+        return model.model_validate_json(json.dumps(mapping, allow_nan=True))
+    except TypeError as error:
+        raise ConfigError(f"{source}: {error}; a recipe holds numbers, strings, booleans, lists and mappings") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        dotted = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            message = _unknown_key(model, dotted)
+        elif first["type"] == "missing":
+            message = f"missing key: {dotted}; add it to the recipe or give {dotted}=..."
+        elif first["type"] == "value_error":
+            message = f"{dotted}: {first['ctx']['error']}" if dotted else str(first["ctx"]["error"])
+        else:
+            message = f"{dotted}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise ConfigError(f"{source}: {message}{more}") from error
+
+
+def load_recipe(model: type[M], name: str, overrides: Sequence[str] = ()) -> M:
+    """Find, read, override and validate a recipe."""
+    path = find_recipe(name)
+    return validate(model, apply_overrides(load_mapping(path), overrides), str(path))
+
+
+def canonical_json(value: Any) -> str:
+    """Sorted, minimal JSON: the form that is hashed into fingerprints. Refuses NaN and infinity."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mapping -> dotted keys, leaves unchanged (lists are leaves)."""
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """`key: old -> new` for every leaf that differs, sorted."""
+    before, after = flatten(old), flatten(new)
+    keys = sorted(before.keys() | after.keys())
+    return [
+        f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
+        for key in keys
+        if before.get(key, math.nan) != after.get(key, math.nan)
+    ]

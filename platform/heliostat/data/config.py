@@ -1,0 +1,113 @@
+"""Settings of the way from bytes to batches: decoding, crops, loading, and the demo's pool of photographs.
+
+Names and defaults follow DINOv2 (arXiv 2304.07193 and its public configuration); each field says its meaning, unit and source.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from heliostat.config import StrictModel
+
+ImageFormat = Literal["jpeg", "png", "webp", "gif", "bmp", "tiff"]
+IMAGE_FORMATS: tuple[ImageFormat, ...] = ("jpeg", "png", "webp", "gif", "bmp", "tiff")
+
+Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
+
+# Blur probabilities (first global crop, second global crop, local crops). DINOv2's code passes 1 - p where p is meant, so its
+# released models were trained with the first row although its text declares the second.
+BLUR_PROBABILITIES: dict[str, tuple[float, float, float]] = {
+    "as_trained": (0.0, 0.9, 0.5),
+    "as_declared": (1.0, 0.1, 0.5),
+}
+
+
+class DecodeConfig(StrictModel):
+    """Limits that an image must respect; all are checked on the header, before any pixel is decoded."""
+
+    max_bytes: int = Field(default=64 * 2**20, gt=0)
+    """Largest encoded image, bytes. Assumption: above every camera's JPEG; bounds the memory of one read."""
+    max_pixels: int = Field(default=50_000_000, gt=0, le=89_478_485)
+    """Largest width times height, pixels. 50 Mpx decode to 150 MB, from a PNG of 0.5 MB. Pillow objects above 89 Mpx."""
+    max_aspect_ratio: float = Field(default=8.0, ge=1.0)
+    """Longest side divided by shortest side. Banners and separators lie above; assumption, not studied."""
+    min_side_pixels: int = Field(default=16, ge=1)
+    """Shortest side allowed, pixels. Smaller pictures are icons and tracking pixels; assumption, not studied."""
+    formats: tuple[ImageFormat, ...] = Field(default=IMAGE_FORMATS, min_length=1)
+    """Formats that may reach a decoder. The content decides the format, never the file name."""
+
+
+class CropsConfig(StrictModel):
+    """The multi-crop augmentation: two global crops and `local_crops_number` local crops of each image."""
+
+    global_crops_size: int = Field(default=224, ge=8)
+    """Side of the two global crops, pixels. DINOv2: 224."""
+    global_crops_scale: tuple[float, float] = (0.32, 1.0)
+    """Area of a global crop as a fraction of the image, smallest and largest. DINOv2: 0.32 to 1."""
+    local_crops_number: int = Field(default=8, ge=0)
+    """Local crops per image. DINOv2: 8."""
+    local_crops_size: int = Field(default=98, ge=4)
+    """Side of a local crop, pixels. DINOv2: 98 with patch 14, 96 with patch 16."""
+    local_crops_scale: tuple[float, float] = (0.05, 0.32)
+    """Area of a local crop as a fraction of the image, smallest and largest. DINOv2: 0.05 to 0.32."""
+    horizontal_flip_probability: Ratio = 0.5
+    """Probability of mirroring a crop left to right. DINOv2: 0.5; set 0 where left and right differ in meaning."""
+    color_jitter_probability: Ratio = 0.8
+    """Probability of the colour jitter. DINOv2: 0.8."""
+    brightness: Ratio = 0.4
+    """Brightness factor is drawn from 1 - value to 1 + value. DINOv2: 0.4; 0.1 is better for textures."""
+    contrast: Ratio = 0.4
+    """Contrast factor is drawn from 1 - value to 1 + value. DINOv2: 0.4."""
+    saturation: Ratio = 0.2
+    """Saturation factor is drawn from 1 - value to 1 + value. DINOv2: 0.2."""
+    hue: float = Field(default=0.1, ge=0.0, le=0.5)
+    """Hue shift is drawn from -value to +value, in turns of the colour circle. DINOv2: 0.1."""
+    grayscale_probability: Ratio = 0.2
+    """Probability of dropping the colour of a crop. DINOv2: 0.2."""
+    blur: Literal["as_trained", "as_declared"] = "as_trained"
+    """Probabilities of the Gaussian blur: `as_trained` 0.0/0.9/0.5 (first global, second global, local crops) is what the
+    released DINOv2 models saw, `as_declared` 1.0/0.1/0.5 is what its paper and code say."""
+    solarize_probability: Ratio = 0.2
+    """Probability of inverting values of 128 and above, second global crop only. DINOv2: 0.2."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Mean that normalisation subtracts, per channel, in 0..1. ImageNet's, as DINOv2."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Standard deviation that normalisation divides by, per channel, in 0..1. ImageNet's, as DINOv2."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in ("global_crops_scale", "local_crops_scale"):
+            low, high = getattr(self, name)
+            if not 0.0 < low <= high <= 1.0:
+                raise ValueError(f"{name} [{low}, {high}] must rise within 0..1, like [0.05, 0.32]")
+        if min(self.std) <= 0.0:
+            raise ValueError(f"std {list(self.std)} must be positive")
+        return self
+
+
+class LoaderConfig(StrictModel):
+    """How one rank reads and augments its images; none of these settings changes what it reads."""
+
+    workers: int = Field(default=4, ge=0)
+    """Threads that read, decode and augment. 0 works in the caller's thread. About 4 ms of one core per image at 224 pixels."""
+    prefetch_batches: int = Field(default=2, ge=1)
+    """Batches that are prepared ahead of the training step."""
+    cache_bytes: int = Field(default=256 * 2**20, ge=0)
+    """Memory for decoded images of this rank, bytes; 0 turns it off. Pays where the whole data set nearly fits."""
+
+
+class PhotographPoolConfig(StrictModel):
+    """The demo's pool of raw images, cut from real photographs, with known copies and known broken files."""
+
+    seed: int = Field(default=0, ge=0)
+    """Seed of everything that is drawn."""
+    crops_per_photograph: int = Field(default=150, ge=1)
+    """Square crops of each photograph, from its left 47 %."""
+    near_duplicate_ratio: Ratio = 0.12
+    """Share of the crops that get one altered copy (compressed, resized, cropped, brightened or mirrored)."""
+    exact_duplicate_ratio: Ratio = 0.03
+    """Share of the crops that get one renamed copy of the same bytes."""
+    num_video_frames: int = Field(default=160, ge=0, le=264)
+    """Consecutive video frames, half from each of two films: natural near-duplicates."""
+    num_broken_files: int = Field(default=20, ge=0)
+    """Files that are not images although their names say so."""

@@ -1,0 +1,89 @@
+"""The exceptions of Heliostat.
+
+    HeliostatError                 exit status 1: something failed
+    ├── UsageError                 exit status 2: the caller must change what was asked
+    │   └── ConfigError            a recipe or an override is wrong
+    ├── StorageError               object storage refused or failed
+    │   ├── ObjectNotFoundError
+    │   └── ObjectExistsError      a conditional write lost the race
+    ├── ArtifactError
+    │   ├── ArtifactNotFoundError
+    │   └── ArtifactConflictError  the version exists with another configuration
+    ├── DataError                  the images cannot serve the request
+    ├── TrainingError
+    │   ├── NonFiniteLossError
+    │   └── CheckpointError
+    ├── TrackingError              the experiment tracker cannot be used
+    ├── PublishError               an export failed its parity check
+    └── ClusterError               Ray cannot be started, joined or used
+
+Every message is one line that names what is wrong, the value, the limit and the fix.
+"""
+
+
+class HeliostatError(Exception):
+    """Anything that Heliostat reports to its user without a traceback."""
+
+    exit_status = 1
+
+
+class UsageError(HeliostatError):
+    """The request itself is wrong; nothing was started."""
+
+    exit_status = 2
+
+
+class ConfigError(UsageError):
+    """A recipe, an override or a combination of settings is wrong."""
+
+
+class StorageError(HeliostatError):
+    """Object storage refused a request or failed."""
+
+
+class ObjectNotFoundError(StorageError):
+    """The object does not exist."""
+
+
+class ObjectExistsError(StorageError):
+    """A write that must create the object found one already there."""
+
+
+class ArtifactError(HeliostatError):
+    """An artifact cannot be read or written."""
+
+
+class ArtifactNotFoundError(ArtifactError):
+    """No complete artifact has this name and version."""
+
+
+class ArtifactConflictError(ArtifactError):
+    """The version exists with another fingerprint."""
+
+
+class DataError(HeliostatError):
+    """The images cannot serve the request."""
+
+
+class TrainingError(HeliostatError):
+    """A training run cannot go on."""
+
+
+class NonFiniteLossError(TrainingError):
+    """A loss was NaN or infinite more often than the policy allows."""
+
+
+class CheckpointError(TrainingError):
+    """A checkpoint is torn, foreign or of another configuration."""
+
+
+class TrackingError(HeliostatError):
+    """The experiment tracker cannot be reached or written."""
+
+
+class PublishError(HeliostatError):
+    """A published file failed its parity check."""
+
+
+class ClusterError(HeliostatError):
+    """Ray cannot be started, joined or used as asked."""

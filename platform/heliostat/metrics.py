@@ -1,0 +1,62 @@
+"""Every metric that Heliostat emits: its name, unit and meaning.
+
+Trackers receive these names as they are; Prometheus sees `ray_heliostat_<name with / replaced by _>`. Dashboards are tested
+against this table, so a metric that is not here cannot be drawn and a metric that is here must be emitted.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric. `live` metrics are also exported to Prometheus while a stage runs."""
+
+    name: str
+    unit: str
+    meaning: str
+    live: bool = False
+
+    @property
+    def prometheus_name(self) -> str:
+        """Name under which Ray's metrics agent exports a live metric."""
+        return "ray_" + self.short_name
+
+    @property
+    def short_name(self) -> str:
+        """Name that is given to `ray.util.metrics`, which adds the `ray_` prefix itself."""
+        return "heliostat_" + self.name.replace("/", "_")
+
+
+_TABLE = (
+    Metric("train/loss", "nats", "sum of the backpropagated loss terms", live=True),
+    Metric("train/dino_global", "nats", "DINO cross-entropy between the two global crops, as weighted in the sum", live=True),
+    Metric(
+        "train/dino_local", "nats", "DINO cross-entropy of local crops against global ones, as weighted in the sum", live=True
+    ),
+    Metric("train/ibot", "nats", "masked patch cross-entropy, as weighted in the sum", live=True),
+    Metric("train/koleo", "nats", "KoLeo entropy estimator, as weighted in the sum", live=True),
+    Metric("train/lr", "1", "learning rate of the backbone before per-group multipliers", live=True),
+    Metric("train/weight_decay", "1", "weight decay of the decayed groups"),
+    Metric("train/teacher_momentum", "1", "EMA momentum of the teacher"),
+    Metric("train/teacher_temp", "1", "softmax temperature of the teacher"),
+    Metric("train/grad_norm", "1", "largest gradient norm over the clipped sub-modules, before clipping", live=True),
+    Metric("train/images_per_second", "images/s", "images consumed by all workers per second", live=True),
+    Metric("train/data_wait_ratio", "1", "share of the step spent waiting for the loader", live=True),
+    Metric("train/skipped_steps", "steps", "steps skipped because a loss was not finite", live=True),
+    Metric("train/step", "steps", "optimizer steps done", live=True),
+    Metric("train/decode_failures", "images", "images that could not be decoded while training", live=True),
+    Metric("train/feature_std", "1", "mean standard deviation of L2-normalised teacher cls tokens, times sqrt(width)"),
+    Metric("train/teacher_entropy", "nats", "mean entropy of the teacher's targets"),
+    Metric("curate/rows_in", "images", "images that entered curation", live=True),
+    Metric("curate/rows_kept", "images", "images in the curated set", live=True),
+    Metric("curate/shards_done", "shards", "shards whose embeddings are complete", live=True),
+    Metric("evaluate/knn_accuracy", "1", "weighted k-NN top-1 accuracy on held-out images"),
+    Metric("evaluate/linear_accuracy", "1", "linear probe top-1 accuracy on held-out images"),
+)
+
+METRICS: dict[str, Metric] = {metric.name: metric for metric in _TABLE}
+
+
+def live_metrics() -> list[Metric]:
+    """The metrics that Prometheus sees."""
+    return [metric for metric in _TABLE if metric.live]

@@ -1,0 +1,127 @@
+"""A stage's frame: reuse or resume its artifact, open a run, work, commit; and the chain of stages of a recipe."""
+
+import contextlib
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from heliostat import __version__
+from heliostat.artifacts import Artifact, ArtifactRef, ArtifactStore, Draft
+from heliostat.runtime.progress import Progress
+from heliostat.runtime.recipe import Recipe
+from heliostat.runtime.session import describe_session, open_session
+from heliostat.storage import check_writable, open_store
+from heliostat.tracking import Run, Tracker, open_tracker
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a stage says about its artifact."""
+
+    counts: Mapping[str, int]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+Work = Callable[[Draft, Run], Summary]
+
+
+class Context:
+    """What the stages of one recipe share. Ray and the tracker are opened when a stage first needs them."""
+
+    def __init__(self, recipe: Recipe, progress: Progress) -> None:
+        self.recipe = recipe
+        self.progress = progress
+        self.artifacts = ArtifactStore(open_store(recipe.store))
+        self.seconds: dict[str, float] = {}
+        self._open = contextlib.ExitStack()
+        self._has_session = False
+
+    @cached_property
+    def tracker(self) -> Tracker:
+        """The tracker of the recipe."""
+        return open_tracker(self.recipe.tracking, self.artifacts.store)
+
+    def need_ray(self) -> None:
+        """Open the Ray session unless it is open."""
+        if self._has_session:
+            return
+        started = time.monotonic()
+        self._open.enter_context(open_session(self.recipe.cluster))
+        self._has_session = True
+        self.seconds["Ray start"] = time.monotonic() - started
+        self.progress.say(f"  Ray: {describe_session()}")
+
+    def close(self) -> None:
+        """Close the Ray session."""
+        self._open.close()
+        self._has_session = False
+
+
+def code_version() -> str:
+    """Version of the package, with the git commit when it runs from a checkout."""
+    folder = Path(__file__).parent
+    try:
+        found = subprocess.run(  # noqa: S603
+            ["git", "-C", str(folder), "rev-parse", "--short=12", "HEAD"],  # noqa: S607  (the user's own git)
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=5,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return __version__
+    commit = found.stdout.strip()
+    inside = (folder.parents[1] / "pyproject.toml").is_file()
+    return f"{__version__}+{commit}" if found.returncode == 0 and inside and commit else __version__
+
+
+def make(
+    context: Context, ref: ArtifactRef, *, stage: str, config: Mapping[str, Any], inputs: Mapping[str, Artifact], work: Work
+) -> Artifact:
+    """Make one artifact, or take it as it is when it is complete with the same fingerprint.
+
+    Whatever stops the work closes the tracker's run as FAILED or KILLED and leaves the draft to be taken up again.
+    """
+    found = context.artifacts.begin(ref, config=config, inputs=inputs, notify=lambda text: context.progress.say(f"  {text}"))
+    if isinstance(found, Artifact):
+        context.progress.say(f"{stage:9} {ref}: reused, made {found.record.created}")
+        return found
+    context.progress.say(f"{stage:9} {ref}{': resuming' if found.resumed else ''}")
+    check_writable(found.files)
+    started = time.monotonic()
+    tags = {"heliostat.artifact": str(ref), "heliostat.stage": stage, "heliostat.fingerprint": found.fingerprint}
+    tags |= {f"heliostat.input.{role}": str(artifact.ref) for role, artifact in inputs.items()}
+    run = context.tracker.start(str(ref), config=config, tags=tags, resume_id=str(found.state.get("run_id", "")))
+    found.remember(run_id=run.id)
+    status = "FAILED"
+    try:
+        summary = work(found, run)
+        run.log_metrics({name: float(value) for name, value in summary.metrics.items()}, 0)
+        artifact = found.commit(counts=summary.counts, metrics=summary.metrics, code_version=code_version())
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        run.finish(status)
+    seconds = time.monotonic() - started
+    context.seconds[str(ref)] = seconds
+    counts = ", ".join(f"{value:,} {name}" for name, value in summary.counts.items())
+    context.progress.say(f"          done in {seconds:.0f} s: {counts}")
+    return artifact
+
+
+def config_of(section: Any, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A section as plain values for the fingerprint, without keys that change no result (dotted keys name nested ones)."""
+    plain: dict[str, Any] = section.model_dump(mode="json")
+    for dotted in without:
+        *parents, last = dotted.split(".")
+        target = plain
+        for parent in parents:
+            target = target[parent]
+        target.pop(last)
+    return plain

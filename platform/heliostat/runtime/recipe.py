@@ -1,0 +1,112 @@
+"""The whole recipe: one section per stage. `heliostat run` takes those that are present, in order."""
+
+from typing import Any
+
+from pydantic import Field
+
+from heliostat.artifacts import ArtifactRef
+from heliostat.config import StrictModel, apply_overrides, find_recipe, load_mapping, validate
+from heliostat.curation.config import CurateConfig
+from heliostat.data.config import DecodeConfig, PhotographPoolConfig
+from heliostat.evaluation.config import EvaluateConfig
+from heliostat.publishing.config import PublishConfig
+from heliostat.runtime.config import ClusterConfig, SweepConfig
+from heliostat.tracking import TrackingConfig
+from heliostat.training.recipe import DistillConfig, PretrainConfig
+
+STAGES = ("ingest", "curate", "pretrain", "sweep", "distill", "evaluate", "publish")
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
+class IngestConfig(StrictModel):
+    """Image files -> shards. Each entry is a folder, an `s3://` prefix, or `photographs` for the demo's own pictures."""
+
+    pool: str
+    """Where the raw, unlabelled images lie: becomes raw/<name>."""
+    curated: str = ""
+    """A small set of images that show what the data should be like: becomes raw/<name>-curated."""
+    labelled: str = ""
+    """Labelled images, one folder per class, for k-NN and probes: becomes raw/<name>-labelled."""
+    heldout: str = ""
+    """Labelled images that nothing but the final evaluation sees: becomes raw/<name>-heldout."""
+    pictures: str = ""
+    """A few whole images to draw patch tokens on in the report: becomes raw/<name>-pictures."""
+    images_per_shard: int = Field(default=1024, ge=1)
+    """Images in one tar; a few hundred megabytes per shard read best from object storage."""
+    curated_crops_per_photograph: int = Field(default=8, ge=1)
+    """Size of the curated set that `photographs` makes."""
+    photographs: PhotographPoolConfig = PhotographPoolConfig()
+    """What `photographs` makes."""
+
+
+class CurateStage(CurateConfig):
+    """The curate stage: its inputs and the settings of its steps."""
+
+    raw: str = ""
+    """Artifact of raw images as raw/name@version; empty takes the recipe's own."""
+    curated: str = ""
+    """Artifact of the small curated set for retrieval; empty takes the recipe's own when it ingests one."""
+    images_per_shard: int = Field(default=1024, ge=1)
+    """Images in one shard of the result."""
+    decode: DecodeConfig = DecodeConfig()
+    """Limits on encoded images; what breaks them is dropped with its reason."""
+
+
+class Recipe(StrictModel):
+    """A recipe file."""
+
+    name: str = Field(pattern=_NAME)
+    """Name of every artifact that the recipe makes."""
+    version: str = Field(default="1", pattern=_NAME)
+    """Version of every artifact that the recipe makes; choose a new one when a setting changes."""
+    store: str = "./heliostat-store"
+    """Where artifacts live: a folder or s3://bucket/prefix."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Experiment tracking."""
+    cluster: ClusterConfig = ClusterConfig()
+    """The Ray session."""
+    ingest: IngestConfig | None = None
+    """Files -> shards."""
+    curate: CurateStage | None = None
+    """Raw images -> training set."""
+    pretrain: PretrainConfig | None = None
+    """Training set -> model."""
+    sweep: SweepConfig | None = None
+    """Trials of the pretrain section side by side."""
+    distill: DistillConfig | None = None
+    """Model -> smaller student."""
+    evaluate: EvaluateConfig | None = None
+    """Models -> report."""
+    publish: PublishConfig | None = None
+    """Model -> release."""
+
+    def ref(self, kind: str, suffix: str = "") -> ArtifactRef:
+        """The artifact of this recipe of a kind."""
+        return ArtifactRef(kind, f"{self.name}{suffix}", self.version)
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages that are present, in order."""
+        return [stage for stage in STAGES if getattr(self, stage) is not None]
+
+
+def scope_overrides(overrides: tuple[str, ...], stage: str) -> list[str]:
+    """Prefix the keys of a stage verb with its section, unless their first word is a top-level key."""
+    if not stage:
+        return list(overrides)
+    section = Recipe.model_fields[stage].annotation
+    fields: dict[str, Any] = {}
+    for candidate in getattr(section, "__args__", ()):
+        fields |= getattr(candidate, "model_fields", {})
+    scoped = []
+    for override in overrides:
+        first = override.partition("=")[0].strip().split(".")[0]
+        top_level = first in Recipe.model_fields and first not in fields
+        scoped.append(override if top_level else f"{stage}.{override.strip()}")
+    return scoped
+
+
+def read_recipe(name: str, overrides: tuple[str, ...] = (), stage: str = "") -> Recipe:
+    """Find, override and validate a recipe. `stage` lets the keys of that section stand alone. Raises ConfigError."""
+    path = find_recipe(name)
+    return validate(Recipe, apply_overrides(load_mapping(path), scope_overrides(overrides, stage)), path.name)

@@ -1,0 +1,166 @@
+"""evaluate: models and labelled images -> a table, pictures and one HTML page."""
+
+import json
+from typing import Any
+
+from heliostat.artifacts import Artifact, ArtifactRef, Draft
+from heliostat.data.config import DecodeConfig
+from heliostat.data.decode import ImageRejected, decode
+from heliostat.data.shards import manifest_from_bytes
+from heliostat.errors import ConfigError, DataError
+from heliostat.evaluation.config import EvaluateConfig
+from heliostat.evaluation.judge import Candidate, Judge, LabelledImages, Pixels, Row, judge_all, margins, rows_as_dicts
+from heliostat.evaluation.knn import nearest
+from heliostat.evaluation.pictures import fit_size, grid_sheet, neighbor_sheet, patch_tokens, pca_colors, png
+from heliostat.evaluation.report import ReportInputs, render_report
+from heliostat.models.stored import HISTORY, read_backbone
+from heliostat.runtime.pipelines import Context, Summary, config_of, make
+from heliostat.runtime.stage_curate import COPY_REPORT, FUNNEL, STATISTICS
+from heliostat.runtime.stage_ingest import MANIFEST
+from heliostat.runtime.stage_sweep import read_trials, trial_candidates
+from heliostat.tracking import Run
+
+
+def read_images(artifact: Artifact) -> tuple[list[Pixels], list[str | None]]:
+    """Every image of an artifact, decoded, with its label. Raises DataError when one does not decode."""
+    images, labels = [], []
+    shard, data = "", b""
+    for row in manifest_from_bytes(artifact.files.read(MANIFEST)).to_pylist():
+        if row["shard"] != shard:
+            shard, data = row["shard"], artifact.files.read(row["shard"])
+        try:
+            images.append(decode(data[row["offset"] : row["offset"] + row["length"]], DecodeConfig(min_side_pixels=1)))
+        except ImageRejected as rejected:
+            raise DataError(f"{artifact.ref}: {row['source']} cannot be judged: {rejected}; remove it") from rejected
+        labels.append(row["label"])
+    return images, labels
+
+
+def evaluate(context: Context, config: EvaluateConfig) -> Artifact:
+    """Make the recipe's report."""
+    inputs = _inputs(context, config)
+
+    def work(draft: Draft, run: Run) -> Summary:
+        judge = _judge(inputs, config)
+        models = [_candidate(role, inputs[role]) for role in ("model", "student") if role in inputs]
+        sweep = inputs.get("sweep")
+        rows = judge_all(judge, models, trial_candidates(sweep) if sweep else {})
+        results = {"rows": rows_as_dicts(rows), "margins": margins(rows)}
+        draft.put("results.json", json.dumps(results, indent=1).encode())
+        for line in table_lines(rows):
+            context.progress.say(f"          {line}")
+        pictures = _pictures(judge, models[0], config, inputs)
+        for name, data in pictures.items():
+            draft.put(f"{name}.png", data)
+        page = render_report(_report_inputs(context, results, pictures, inputs))
+        draft.put("report.html", page.encode())
+        best = next(row for row in rows if row.name == models[0].name)
+        counts = {"rows": len(rows), "heldout_images": len(judge.heldout.images)}
+        return Summary(counts, {"evaluate/knn_accuracy": best.knn, "evaluate/linear_accuracy": best.linear})
+
+    settings = config_of(config, without=("labelled", "heldout", "pictures"))
+    return make(context, context.recipe.ref("report"), stage="evaluate", config=settings, inputs=inputs, work=work)
+
+
+def _inputs(context: Context, config: EvaluateConfig) -> dict[str, Artifact]:
+    recipe, artifacts = context.recipe, context.artifacts
+    named = {"labelled": config.labelled, "heldout": config.heldout}
+    inputs = {}
+    for role, name in named.items():
+        ref = ArtifactRef.parse(name) if name else recipe.ref("raw", f"-{role}")
+        inputs[role] = artifacts.load(ref)
+    if config.pictures or (recipe.ingest is not None and recipe.ingest.pictures):
+        inputs["pictures"] = artifacts.load(
+            ArtifactRef.parse(config.pictures) if config.pictures else recipe.ref("raw", "-pictures")
+        )
+    inputs["model"] = artifacts.load(recipe.ref("model"))
+    for role, ref in (("student", recipe.ref("model", "-student")), ("sweep", recipe.ref("sweep"))):
+        wanted = recipe.distill if role == "student" else recipe.sweep
+        if wanted is not None:
+            inputs[role] = artifacts.load(ref)
+    return inputs
+
+
+def _judge(inputs: dict[str, Artifact], config: EvaluateConfig) -> Judge:
+    bank_images, bank_labels = read_images(inputs["labelled"])
+    test_images, test_labels = read_images(inputs["heldout"])
+    bank = LabelledImages.from_names(bank_images, bank_labels)
+    shared = set(_ids(inputs["labelled"])) & set(_ids(inputs["heldout"]))
+    if shared:
+        raise DataError(
+            f"{len(shared)} images are both labelled and held out, first {min(shared)[:12]}; the score would be a lie"
+        )
+    if config.knn.neighbors > len(bank_images):
+        raise ConfigError(
+            f"evaluate.knn.neighbors={config.knn.neighbors} exceeds the {len(bank_images)} labelled images; lower it"
+        )
+    return Judge(bank, LabelledImages.from_names(test_images, test_labels, bank.names), config)
+
+
+def _ids(artifact: Artifact) -> list[str]:
+    ids: list[str] = manifest_from_bytes(artifact.files.read(MANIFEST))["id"].to_pylist()
+    return ids
+
+
+def _candidate(role: str, model: Artifact) -> Candidate:
+    backbone, info = read_backbone(model)
+    return Candidate("teacher" if role == "model" else "student", info, backbone)
+
+
+def _pictures(judge: Judge, candidate: Candidate, config: EvaluateConfig, inputs: dict[str, Artifact]) -> dict[str, bytes]:
+    pictures = {}
+    info = candidate.info
+    if config.pca_images:
+        whole = read_images(inputs["pictures"])[0] if "pictures" in inputs else list(judge.heldout.images)
+        step = max(1, len(whole) // config.pca_images)
+        patch = info.backbone.patch_size
+        shown = [fit_size(image, config.pca_image_size, patch) for image in whole[::step][: config.pca_images]]
+        tokens = patch_tokens(candidate.backbone, shown, mean=info.mean, std=info.std, patch_size=patch)
+        pictures["pca"] = png(grid_sheet([shown, pca_colors(tokens)], side=144))
+    if config.sheet_queries:
+        features = judge.features_of(candidate)
+        bank, queries = (features(pixels) for pixels in judge.pixels["grey" if info.grayscale else "colour"])
+        total = len(judge.heldout.images)
+        chosen = list(range(0, total, max(1, total // config.sheet_queries)))[: config.sheet_queries]
+        _, rows_QK = nearest(bank, queries[chosen], min(8, len(bank)))
+        images = [judge.heldout.images[index] for index in chosen]
+        sheet = neighbor_sheet(images, judge.heldout.labels_N[chosen], judge.bank.images, judge.bank.labels_N, rows_QK)
+        pictures["neighbors"] = png(sheet)
+    return pictures
+
+
+def _report_inputs(
+    context: Context, results: dict[str, Any], pictures: dict[str, bytes], inputs: dict[str, Artifact]
+) -> ReportInputs:
+    model = inputs["model"]
+    histories: dict[str, list[dict[str, float]]] = {
+        str(role): [json.loads(line) for line in inputs[role].files.read(HISTORY).decode().splitlines()]
+        for role in ("model", "student")
+        if role in inputs
+    }
+    data_ref = ArtifactRef.parse(model.record.inputs["data"])
+    data = context.artifacts.load(data_ref)
+    optional = {
+        key: data.read_json(key) if data.files.size(key) is not None else None for key in (FUNNEL, COPY_REPORT, STATISTICS)
+    }
+    return ReportInputs(
+        title=str(context.recipe.ref("report")),
+        results=results,
+        pictures=pictures,
+        histories=histories,
+        funnel=optional[FUNNEL] or [],
+        copies=optional[COPY_REPORT] or {},
+        statistics=optional[STATISTICS] or {},
+        records={role: artifact.record for role, artifact in {**inputs, "data": data}.items()},
+        trials=read_trials(inputs["sweep"]) if "sweep" in inputs else [],
+    )
+
+
+def table_lines(rows: list[Row]) -> list[str]:
+    """The table as text in aligned columns."""
+    lines = [f"{'weights':28} {'version':8} {'k-NN':>14} {'linear':>14} {'seeds':>6}"]
+    for row in rows:
+        knn = f"{100 * row.knn:.1f}" + (f" ± {100 * row.knn_std:.1f}" if row.num_seeds > 1 else "")
+        linear = f"{100 * row.linear:.1f}" + (f" ± {100 * row.linear_std:.1f}" if row.num_seeds > 1 else "")
+        lines.append(f"{row.name:28} {row.version:8} {knn:>14} {linear:>14} {row.num_seeds:>6}")
+    return lines

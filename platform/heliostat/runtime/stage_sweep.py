@@ -1,0 +1,190 @@
+"""sweep: a grid of trials of the pretrain section on Ray Tune, each a training run that leaves its weights.
+
+    trials/000/trial.json, model.json, backbone.safetensors ...     one folder per trial, trial.json written last
+    trials.json                                                     the table
+
+A trial that has its trial.json is finished: a sweep that was interrupted runs only the others again, each from its newest
+checkpoint.
+"""
+
+import itertools
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from heliostat.artifacts import Artifact, Draft, clean
+from heliostat.config import apply_overrides, validate
+from heliostat.errors import ConfigError, TrainingError
+from heliostat.evaluation.judge import Candidate
+from heliostat.models.stored import read_backbone_files
+from heliostat.runtime.config import SweepConfig
+from heliostat.runtime.pipelines import Context, Summary, config_of, make
+from heliostat.runtime.progress import bar
+from heliostat.runtime.relay import Relay
+from heliostat.runtime.stage_train import NOT_IN_FINGERPRINT, readable_rows, training_images
+from heliostat.runtime.trainer import ReadRange
+from heliostat.tracking import Run, Tracker
+from heliostat.training.engine import World
+from heliostat.training.recipe import PretrainConfig
+from heliostat.training.run import TrainingJob, run_training
+
+TRIALS = "trials.json"
+_TRIAL = "trial.json"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One point of the grid."""
+
+    index: int
+    overrides: Mapping[str, Any]
+    job: TrainingJob
+
+    @property
+    def name(self) -> str:
+        """`000`, `001`, ... in the order of the grid."""
+        return f"{self.index:03d}"
+
+
+def grid_points(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Every combination, the last key fastest."""
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def trial_config(base: PretrainConfig, overrides: Mapping[str, Any]) -> PretrainConfig:
+    """The pretrain section with dotted keys replaced, run in one process. Raises ConfigError for an unknown key."""
+    words = [f"{key}={json.dumps(value)}" for key, value in {**overrides, "scaling.num_workers": 0}.items()]
+    return validate(PretrainConfig, apply_overrides(base.model_dump(mode="json"), words), "sweep")
+
+
+def sweep(context: Context, config: SweepConfig) -> Artifact:
+    """Run the recipe's grid of trials."""
+    base = context.recipe.pretrain
+    if base is None:
+        raise ConfigError("a sweep needs the pretrain section that its trials vary; add pretrain: to the recipe")
+    points = grid_points(config.grid)
+    configs = [trial_config(base, {**config.overrides, **point}) for point in points]
+    images = training_images(context, base.data)
+
+    def work(draft: Draft, run: Run) -> Summary:
+        context.need_ray()
+        manifest, read = readable_rows(images), ReadRange(images.files)
+        trials = [
+            Trial(index, points[index], TrainingJob(one, manifest, read, draft.files.child(f"trials/{index:03d}")))
+            for index, one in enumerate(configs)
+        ]
+        waiting = [trial for trial in trials if trial.job.files.size(_TRIAL) is None]
+        if len(waiting) < len(trials):
+            context.progress.say(f"  {len(trials) - len(waiting)} of {len(trials)} trials are finished already")
+        if waiting:
+            _run_trials(context, config, waiting, run.id)
+        table = [json.loads(trial.job.files.read(_TRIAL)) for trial in trials]
+        draft.put(TRIALS, json.dumps(table, indent=1).encode())
+        return Summary({"trials": len(trials)})
+
+    settings = {
+        "sweep": config_of(config, without=("max_concurrent_trials", "cpus_per_trial", "gpus_per_trial", "report_every_steps")),
+        "pretrain": config_of(base, without=NOT_IN_FINGERPRINT),
+    }
+    return make(context, context.recipe.ref("sweep"), stage="sweep", config=settings, inputs={"data": images}, work=work)
+
+
+def _run_trials(context: Context, config: SweepConfig, trials: Sequence[Trial], parent_run: str) -> None:
+    import ray
+    from ray import tune
+
+    relay = Relay()
+    shared = ray.put(
+        {"trials": {trial.name: trial for trial in trials}, "tracker": context.tracker, "parent": parent_run, "relay": relay}
+    )
+    resources = {"cpu": config.cpus_per_trial} | ({"gpu": config.gpus_per_trial} if config.gpus_per_trial else {})
+    with tempfile.TemporaryDirectory(prefix="heliostat-sweep-") as folder:
+        tuner = tune.Tuner(
+            tune.with_resources(tune.with_parameters(_run_trial, shared=shared, every=config.report_every_steps), resources),
+            param_space={"trial": tune.grid_search([trial.name for trial in trials])},
+            tune_config=tune.TuneConfig(max_concurrent_trials=config.max_concurrent_trials),
+            run_config=tune.RunConfig(
+                name="sweep", storage_path=folder, verbose=0, callbacks=[_progress_callback(context, trials, relay)]
+            ),
+        )
+        results = tuner.fit()
+    relay.close()
+    if results.errors:
+        text = str(results.errors[0]).strip().splitlines()
+        raise TrainingError(f"{len(results.errors)} of {len(trials)} trials failed, first: {text[-1] if text else 'unknown'}")
+
+
+def _progress_callback(context: Context, trials: Sequence[Trial], relay: Relay) -> Any:
+    from ray.tune import Callback
+
+    total = sum(trial.job.config.train.steps for trial in trials)
+    steps: dict[str, float] = {}
+    finished: set[str] = set()
+
+    class ShowProgress(Callback):  # type: ignore[misc]
+        """One line for all trials together."""
+
+        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
+            for text, _, step in relay.drain():
+                if step < 0:
+                    context.progress.say(f"  {text}")
+            steps[trial.trial_id] = result.get("step", 0)
+            done = int(sum(steps.values()))
+            context.progress.update(f"trials {bar(done, total)} step {done}/{total}, {len(finished)} of {len(trials)} finished")
+
+        def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+            finished.add(trial.trial_id)
+
+    return ShowProgress()
+
+
+def _run_trial(parameters: dict[str, Any], *, shared: Any, every: int) -> None:
+    """Runs in a trial's process."""
+    import ray
+    from ray import tune
+
+    given = ray.get(shared) if isinstance(shared, ray.ObjectRef) else shared
+    trial: Trial = given["trials"][parameters["trial"]]
+    tracker: Tracker = given["tracker"]
+    relay: Relay = given["relay"]
+    files = trial.job.files
+    config = trial.job.config
+    tags = {"mlflow.parentRunId": given["parent"]} if given["parent"] else {}
+    run = tracker.start(f"trial {trial.name}", config=config_of(config), tags=tags)
+
+    def report(metrics: Mapping[str, float], step: int) -> None:
+        run.log_metrics(metrics, step)
+        if step % every == 0 or step == config.train.steps:
+            tune.report({"step": step, **{name.replace("/", "_"): value for name, value in metrics.items()}})
+
+    status = "FAILED"
+    try:
+        summary = run_training(trial.job, World(), report, lambda text: relay.note(trial.name, f"trial {trial.name}: {text}"))
+        record = {"name": trial.name, "overrides": dict(trial.overrides), "metrics": summary["metrics"]}
+        files.put(_TRIAL, json.dumps(record, indent=1).encode())
+        clean(files)
+        status = "FINISHED"
+    finally:
+        run.finish(status)
+
+
+def read_trials(artifact: Artifact) -> list[dict[str, Any]]:
+    """The table of a sweep artifact: name, overrides and last metrics of each trial."""
+    table: list[dict[str, Any]] = artifact.read_json(TRIALS)
+    return table
+
+
+def trial_candidates(artifact: Artifact) -> dict[str, list[Candidate]]:
+    """The trials' backbones, grouped by their settings apart from the seed. Raises CheckpointError for damaged ones."""
+    groups: dict[str, list[Candidate]] = {}
+    for trial in read_trials(artifact):
+        settings = {key: value for key, value in trial["overrides"].items() if key != "train.seed"}
+        words = ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in settings.items())
+        backbone, info = read_backbone_files(
+            artifact.files.child(f"trials/{trial['name']}"), f"{artifact.ref} trial {trial['name']}"
+        )
+        name = f"trials {words}" if words else "trials"
+        groups.setdefault(name, []).append(Candidate(name, info, backbone))
+    return groups

@@ -1,0 +1,184 @@
+"""Training runs on Ray Train: the worker group around `training.run.run_training`.
+
+Checkpoints go through our own store, not through Ray's, so that a run resumes under any launcher. Ray restarts a lost worker
+group; the loop then finds the newest checkpoint by itself.
+"""
+
+import os
+import tempfile
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import ray
+import torch
+
+from heliostat.artifacts import Draft
+from heliostat.errors import HeliostatError, TrainingError
+from heliostat.runtime.progress import Progress, training_line
+from heliostat.runtime.relay import Relay
+from heliostat.storage import Store
+from heliostat.tracking import Run, Tracker
+from heliostat.training.engine import World
+from heliostat.training.recipe import TrainingConfig
+from heliostat.training.run import FrozenTeacher, TrainingJob, run_training
+
+_POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class ReadRange:
+    """Reads (shard, offset, length) from the artifact that holds the shards; can be pickled."""
+
+    files: Store
+
+    def __call__(self, shard: str, offset: int, num_bytes: int) -> bytes:
+        """Bytes of one image."""
+        return self.files.read_range(shard, offset, num_bytes)
+
+
+@dataclass(frozen=True)
+class TrainingRequest:
+    """One run, as the driver describes it to the workers."""
+
+    artifact: str
+    job: TrainingJob
+    tracker: Tracker
+    run_id: str
+
+
+def training_job(
+    config: TrainingConfig, manifest: pa.Table, images: Store, draft: Draft, teacher: FrozenTeacher | None = None
+) -> TrainingJob:
+    """The job of a draft: data read from one artifact, everything written into the other."""
+    return TrainingJob(config, manifest, ReadRange(images), draft.files, teacher)
+
+
+def train(request: TrainingRequest, run: Run, progress: Progress) -> dict[str, Any]:
+    """Run a training job to its end, in this process (`num_workers=0`) or on Ray Train. Returns the main rank's summary."""
+    total = request.job.config.train.steps
+    if request.job.config.scaling.num_workers == 0:
+
+        def report(metrics: Any, step: int) -> None:
+            run.log_metrics(metrics, step)
+            progress.update(training_line(metrics, step, total))
+
+        return run_training(request.job, World(), report, progress.say)
+    relay = Relay()
+    watcher = _Watcher(relay, progress, total)
+    watcher.start()
+    try:
+        return _fit(request, relay)
+    finally:
+        watcher.stop()
+        relay.close()
+
+
+class _Watcher(threading.Thread):
+    """Shows what the relay receives while the driver waits for the worker group."""
+
+    def __init__(self, relay: Relay, progress: Progress, total: int) -> None:
+        super().__init__(daemon=True, name="heliostat-progress")
+        self._relay, self._progress, self._total = relay, progress, total
+        self._done = threading.Event()
+
+    def run(self) -> None:
+        while not self._done.wait(_POLL_SECONDS):
+            self._show()
+
+    def stop(self) -> None:
+        self._done.set()
+        self.join()
+        self._show()
+
+    def _show(self) -> None:
+        for text, metrics, step in self._relay.drain():
+            if step < 0:
+                self._progress.say(f"  {text}")
+            else:
+                self._progress.update(training_line(metrics, step, self._total), final=step == self._total)
+
+
+def _fit(request: TrainingRequest, relay: Relay) -> dict[str, Any]:
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    scaling = request.job.config.scaling
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(scaling.start_timeout_seconds)
+    resources = {"CPU": scaling.cpus_per_worker} | ({"GPU": 1.0} if scaling.use_gpu else {})
+    _check_resources(resources, scaling.num_workers)
+    with tempfile.TemporaryDirectory(prefix="heliostat-train-") as folder:
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={"request": ray.put(request), "relay": relay},
+            torch_config=TorchConfig(
+                backend="nccl" if scaling.use_gpu else "gloo", timeout_s=scaling.collective_timeout_seconds
+            ),
+            scaling_config=ScalingConfig(
+                num_workers=scaling.num_workers, use_gpu=scaling.use_gpu, resources_per_worker=resources
+            ),
+            run_config=RunConfig(
+                name="run",
+                storage_path=folder,
+                failure_config=FailureConfig(max_failures=scaling.max_failures, controller_failure_limit=2),
+                checkpoint_config=CheckpointConfig(num_to_keep=1),
+            ),
+        )
+        try:
+            result = trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise _readable(error) from error
+    summary: dict[str, Any] = result.return_value or {}
+    if "error" in summary:
+        raise TrainingError(summary["error"])
+    return summary
+
+
+def _check_resources(resources: dict[str, float], num_workers: int) -> None:
+    """Refuse a group that a cluster of fixed size can never place; an autoscaling one is given its start timeout."""
+    if os.environ.get("RAY_ADDRESS"):
+        return
+    total = ray.cluster_resources()
+    for name, amount in resources.items():
+        if amount * num_workers > total.get(name, 0):
+            raise TrainingError(
+                f"{num_workers} workers need {amount * num_workers:g} {name}, Ray has {total.get(name, 0):g}; "
+                "lower scaling.num_workers or raise cluster.num_cpus"
+            )
+
+
+def _readable(error: BaseException) -> HeliostatError:
+    """The first line that a worker's own error gives."""
+    failures = getattr(error, "worker_failures", {})
+    for rank, cause in failures.items():
+        text = str(getattr(cause, "cause", cause)).strip().splitlines()
+        return TrainingError(f"worker {rank} failed: {text[-1] if text else type(cause).__name__}; see --debug")
+    return TrainingError(f"the worker group failed: {' '.join(str(error).split())[:300]}; see --debug")
+
+
+def _worker(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Runs in every training process. An error of the user's making is returned, since restarting would not mend it."""
+    context = ray.train.get_context()
+    request: TrainingRequest = ray.get(parameters["request"])
+    relay: Relay = parameters["relay"]
+    rank, size = context.get_world_rank(), context.get_world_size()
+    if request.job.config.scaling.use_gpu:
+        from ray.train.torch import get_device
+
+        device = get_device()
+    else:
+        device = torch.device("cpu")
+    run = request.tracker.attach(request.run_id)
+
+    def report(metrics: Any, step: int) -> None:
+        run.log_metrics(metrics, step)
+        relay.push(request.artifact, metrics, step)
+
+    def notify(text: str) -> None:
+        relay.note(request.artifact, text)
+
+    try:
+        return run_training(request.job, World(rank, size, device), report, notify)
+    except HeliostatError as error:
+        return {"error": str(error)}

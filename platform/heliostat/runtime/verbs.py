@@ -1,0 +1,137 @@
+"""What the verbs of the command line do."""
+
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+import yaml
+
+from heliostat.artifacts import Artifact, ArtifactRef, ArtifactStore, lineage, render_lineage
+from heliostat.config import find_recipe, shipped_recipes
+from heliostat.errors import UsageError
+from heliostat.runtime.pipelines import Context
+from heliostat.runtime.progress import Progress
+from heliostat.runtime.recipe import Recipe, read_recipe
+from heliostat.storage import open_store
+from heliostat.tracking import ui_command
+
+if TYPE_CHECKING:
+    from heliostat.runtime.own_images import Choice
+
+OWN_IMAGES = "(own images)"
+_DEFAULT_STORE = "./heliostat-store"
+
+
+def print_recipes() -> None:
+    """List the shipped recipes with their first comment line."""
+    for name in shipped_recipes():
+        first = find_recipe(name).read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+        print(f"{name:16} {first}")
+
+
+def _store_of(overrides: Sequence[str]) -> ArtifactStore:
+    """The store of verbs without a recipe: `store=...`, else the default one."""
+    uri = _DEFAULT_STORE
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key != "store":
+            raise UsageError(f"unknown key: {key}. This verb takes store=PATH-OR-URI only")
+        uri = value
+    return ArtifactStore(open_store(uri))
+
+
+def print_artifacts(overrides: Sequence[str]) -> None:
+    """List the complete artifacts of a store."""
+    artifacts = _store_of(overrides)
+    for ref in artifacts.list():
+        record = artifacts.load(ref).record
+        counts = ", ".join(f"{value:,} {name}" for name, value in record.counts.items())
+        print(f"{ref!s:40} {record.created}  {counts}")
+
+
+def print_lineage(artifact: str, overrides: Sequence[str]) -> None:
+    """Print the lineage tree of an artifact."""
+    print("\n".join(render_lineage(lineage(_store_of(overrides), ArtifactRef.parse(artifact)))))
+
+
+def print_why(artifact: str, image: str, overrides: Sequence[str]) -> None:
+    """Tell the story of one image of a curated artifact, by its id or its source."""
+    import io
+
+    import pyarrow.parquet as pq
+
+    from heliostat.curation.ledger import explain
+    from heliostat.runtime.stage_curate import LEDGER
+
+    curated = _store_of(overrides).load(ArtifactRef.parse(artifact))
+    if curated.ref.kind != "curated":
+        raise UsageError(f"{artifact} is not a curated artifact; only curation keeps a ledger")
+    print("\n".join(explain(pq.read_table(io.BytesIO(curated.files.read(LEDGER))), image)))
+
+
+def run_recipe(name: str, overrides: Sequence[str], *, stage: str = "", dry_run: bool = False) -> None:
+    """Run one stage of a recipe, or all of them; with `dry_run` print what it would be and cost."""
+    recipe, choices = _recipe(name, overrides, stage)
+    stages = [stage] if stage and not choices else recipe.stages
+    if dry_run:
+        from heliostat.runtime.dry_run import print_costs
+
+        print(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False, width=120), end="")
+        print_costs(recipe, stages)
+        return
+    progress = Progress()
+    for choice in choices:
+        progress.say(f"chosen: {choice.what}  ({choice.why})")
+    started = time.monotonic()
+    with closing(Context(recipe, progress)) as context:
+        last = None
+        for each in stages:
+            last = run_stage(context, each)
+    progress.say(f"finished in {time.monotonic() - started:.0f} s")
+    if last is not None:
+        _print_end(context, last)
+
+
+def _recipe(name: str, overrides: Sequence[str], stage: str) -> tuple[Recipe, "list[Choice]"]:
+    """The recipe that is named, or the one that is chosen for a folder, with the reasons."""
+    if name == OWN_IMAGES:
+        from heliostat.runtime.own_images import choose_recipe
+
+        return choose_recipe(overrides)
+    recipe = read_recipe(name, tuple(overrides), stage)
+    if stage and getattr(recipe, stage) is None:
+        has = ", ".join(recipe.stages) or "no stage"
+        raise UsageError(f"recipe {name} has no section {stage}; it has {has}")
+    return recipe, []
+
+
+def run_stage(context: Context, stage: str) -> Artifact:
+    """Run one stage of the context's recipe and return its (main) artifact."""
+    from heliostat.runtime import stage_curate, stage_evaluate, stage_ingest, stage_publish, stage_sweep, stage_train
+
+    functions = {
+        "ingest": stage_ingest.ingest,
+        "curate": stage_curate.run_curate,
+        "pretrain": stage_train.pretrain,
+        "sweep": stage_sweep.sweep,
+        "distill": stage_train.distill,
+        "evaluate": stage_evaluate.evaluate,
+        "publish": stage_publish.publish,
+    }
+    artifact: Artifact = functions[stage](context, getattr(context.recipe, stage))  # type: ignore[operator]
+    return artifact
+
+
+def _print_end(context: Context, last: Artifact) -> None:
+    """The lineage of the last artifact, and commands that work as they stand."""
+    say = context.progress.say
+    say()
+    for line in render_lineage(lineage(context.artifacts, last.ref)):
+        say(line)
+    say()
+    report = context.artifacts.find(context.recipe.ref("report"))
+    if report is not None:
+        say(f"report:  {report.files.uri}/report.html")
+    say(f"files:   {last.files.uri}")
+    say(f"MLflow:  {ui_command(context.tracker.uri)}")

@@ -1,0 +1,134 @@
+"""EDGE to the optimizer's back end: gradients in, weights out, over one process or many.
+
+`TorchEngine` keeps weights, gradients and AdamW moments whole on every rank and averages gradients over the ranks.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class World:
+    """The place of one process among the training processes."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes."""
+        return self.rank == 0
+
+
+class Engine(Protocol):
+    """What the training loop asks of a back end."""
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """The context in which forward passes run."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradients of a scalar."""
+
+    def clip_and_step(self) -> dict[str, float]:
+        """Average over ranks, clip each sub-module, step; returns the norms before clipping by sub-module."""
+
+    def discard(self) -> None:
+        """Drop the gradients: nothing of this step remains."""
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """The optimizer's state as named tensors."""
+
+    def load_optimizer_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore what `optimizer_tensors` gave."""
+
+
+class TorchEngine:
+    """Plain torch: replicated weights, float32 or bfloat16 autocast, gradient averaging over the default process group."""
+
+    def __init__(
+        self,
+        submodules: Mapping[str, nn.Module],
+        optimizer: torch.optim.Optimizer,
+        *,
+        clip_grad: float,
+        world: World,
+        dtype: torch.dtype,
+    ) -> None:
+        self._submodules = dict(submodules)
+        self._optimizer = optimizer
+        self._clip_grad = clip_grad
+        self._world = world
+        self._dtype = dtype
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        return torch.autocast(self._world.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32)
+
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        for group in self._optimizer.param_groups:
+            yield from group["params"]
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def clip_and_step(self) -> dict[str, float]:
+        self._average_gradients()
+        norms = {}
+        for name, module in self._submodules.items():
+            limit = self._clip_grad or math.inf
+            norms[name] = float(nn.utils.clip_grad_norm_(module.parameters(), limit))
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return norms
+
+    def discard(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def _average_gradients(self) -> None:
+        if self._world.size == 1:
+            return
+        # One flat buffer: a single collective costs less than one per parameter, and every rank sums in the same order.
+        gradients = [
+            parameter.grad if parameter.grad is not None else torch.zeros_like(parameter) for parameter in self._parameters()
+        ]
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        dist.all_reduce(flat)
+        flat.div_(self._world.size)
+        offset = 0
+        for parameter in self._parameters():
+            parameter.grad = flat[offset : offset + parameter.numel()].view_as(parameter)
+            offset += parameter.numel()
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        state = self._optimizer.state_dict()["state"]
+        return {f"{index}.{name}": value for index, values in state.items() for name, value in values.items()}
+
+    def load_optimizer_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            index, _, name = key.partition(".")
+            state.setdefault(int(index), {})[name] = value
+        self._optimizer.load_state_dict({"state": state, "param_groups": self._optimizer.state_dict()["param_groups"]})
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of forward passes: `auto` is bfloat16 on CUDA and float32 elsewhere."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def all_finite(values: Mapping[str, Tensor], world: World) -> list[str]:
+    """Names of values that are not finite on any rank: the same list on every rank."""
+    names = sorted(values)
+    bad = torch.stack([~torch.isfinite(values[name].detach()).all() for name in names]).to(torch.float32)
+    if world.size > 1:
+        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+    return [name for name, flag in zip(names, bad.tolist(), strict=True) if flag]

@@ -1,0 +1,136 @@
+"""The losses of DINOv2 and the targets they compare with, in float32 whatever the precision of the networks.
+
+Losses take logits, not probabilities, and return unweighted scalars. Ranks are joined where the paper joins them: in
+Sinkhorn-Knopp and in the centre; KoLeo stays inside a rank.
+"""
+
+import math
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional
+
+# Shapes: B images, G = 2 global crops, L local crops, M masked patches, R rows of any kind, K prototypes, D width.
+
+
+def _sum_over_ranks(values: Tensor) -> Tensor:
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def _max_over_ranks(values: Tensor) -> Tensor:
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
+def _log_sum_of_rows(scores_RK: Tensor) -> Tensor:
+    """Logarithm of the sum over the rows of all ranks, (1, K); a rank may hold no rows."""
+    floor_1K = scores_RK.new_full((1, scores_RK.shape[1]), -math.inf)
+    top_1K = _max_over_ranks(torch.cat([scores_RK, floor_1K]).amax(0, keepdim=True))
+    return top_1K + _sum_over_ranks((scores_RK - top_1K).exp().sum(0, keepdim=True)).log()
+
+
+@torch.no_grad()
+def sinkhorn_knopp(logits_RK: Tensor, temperature: float, num_iterations: int = 3) -> Tensor:
+    """Targets (R, K) in float32, each row a distribution, with prototypes used about equally over the rows of all ranks.
+
+    Three iterations as DINOv2 (arXiv 2006.09882, Algorithm 1), computed on logarithms: finite for every finite logit, where
+    exponentials overflow from logit 3.6 at temperature 0.04. The constant factors of the usual form cancel and are left out.
+    Every rank must call it, also with R = 0.
+    """
+    # The largest logit of each prototype is taken off before the division: the first normalisation absorbs it, and a
+    # difference of float32 numbers keeps the digits that dividing a logit of 1e4 by 0.04 would lose.
+    logits_RK = logits_RK.float()
+    floor_1K = logits_RK.new_full((1, logits_RK.shape[1]), -math.inf)
+    top_1K = _max_over_ranks(torch.cat([logits_RK, floor_1K]).amax(0, keepdim=True))
+    scores_RK = (logits_RK - top_1K) / temperature
+    for _ in range(num_iterations):
+        scores_RK -= _log_sum_of_rows(scores_RK)
+        scores_RK -= torch.logsumexp(scores_RK, dim=1, keepdim=True)
+    return scores_RK.exp_()
+
+
+class TargetAssignment(nn.Module):
+    """Turns the teacher's logits into targets, by Sinkhorn-Knopp or by a moving centre and a softmax.
+
+    The centre moves only in `commit`, which the method calls with the teacher's update: a step that is thrown away because a
+    loss was not finite leaves it untouched.
+    """
+
+    def __init__(self, num_prototypes: int, centering: Literal["centering", "sinkhorn_knopp"]) -> None:
+        super().__init__()
+        moving = centering == "centering"
+        self.center: Tensor | None
+        self.next_mean: Tensor | None
+        self.register_buffer("center", torch.zeros(1, num_prototypes) if moving else None)
+        self.register_buffer("next_mean", torch.zeros(1, num_prototypes) if moving else None, persistent=False)
+
+    @torch.no_grad()
+    def forward(self, logits_RK: Tensor, temperature: float) -> Tensor:
+        """Targets (R, K) in float32. Every rank must call it, also with R = 0."""
+        if self.center is None:
+            return sinkhorn_knopp(logits_RK, temperature)
+        logits_RK = logits_RK.float()
+        num_rows = logits_RK.new_full((1, 1), logits_RK.shape[0])
+        joined = _sum_over_ranks(torch.cat([logits_RK.sum(0, keepdim=True), num_rows], dim=1))
+        total_1K, count_11 = joined[:, :-1], joined[:, -1:]
+        self.next_mean = torch.where(count_11 > 0, total_1K / count_11.clamp(min=1), self.center)
+        return torch.softmax((logits_RK - self.center) / temperature, dim=1)
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        """Move the centre a tenth of the way to the mean of the last batch (DINOv2: momentum 0.9)."""
+        if self.center is not None and self.next_mean is not None:
+            self.center.lerp_(self.next_mean, 0.1)
+
+
+def soft_cross_entropy(student_RK: Tensor, targets_RK: Tensor, student_temp: float) -> Tensor:
+    """Cross-entropy of each row, (R,), between targets and the student's softmax at student_temp."""
+    log_probabilities_RK = functional.log_softmax(student_RK.float() / student_temp, dim=-1)
+    return -(targets_RK * log_probabilities_RK).sum(-1)
+
+
+def dino_global_loss(student_GBK: Tensor, targets_GBK: Tensor, *, num_local_crops: int, student_temp: float) -> Tensor:
+    """Each global crop against the targets of the other one: two of the 2L + 2 pairs that the cls token loss averages."""
+    swapped_GBK = targets_GBK.flip(0)
+    num_pairs = 2 * num_local_crops + 2
+    return 2 / num_pairs * soft_cross_entropy(student_GBK, swapped_GBK, student_temp).mean()
+
+
+def dino_local_loss(student_LBK: Tensor, targets_GBK: Tensor, *, student_temp: float) -> Tensor:
+    """Each local crop against both global crops: 2L of the 2L + 2 pairs that the cls token loss averages."""
+    num_local_crops, num_images = student_LBK.shape[:2]
+    num_pairs = 2 * num_local_crops + 2
+    # The student's term is the same for both targets, so their sum is compared once.
+    return soft_cross_entropy(student_LBK, targets_GBK.sum(0), student_temp).sum() / (num_images * num_pairs)
+
+
+def ibot_loss(student_MK: Tensor, targets_MK: Tensor, weights_M: Tensor, *, num_crops: int, student_temp: float) -> Tensor:
+    """Masked patches against the teacher's tokens at the same places.
+
+    weights_M is 1 / number of masked patches in the crop of each row. num_crops is 2B: a crop without masked patches counts in
+    the mean with loss 0 (DINOv2), so with half the crops masked this is half the mean cross-entropy. M may be 0.
+    """
+    return (soft_cross_entropy(student_MK, targets_MK, student_temp) * weights_M).sum() / num_crops
+
+
+def koleo_loss(cls_BD: Tensor) -> Tensor:
+    """Differential-entropy regulariser: mean of -log(distance to the nearest neighbour) on the unit sphere (arXiv 1806.03198).
+
+    Within one rank, in float32 also under autocast, so two identical embeddings give a large finite loss (in float16 they give
+    infinity). One image has no neighbour: the loss is 0.
+    """
+    if cls_BD.shape[0] < 2:
+        return cls_BD.float().sum() * 0
+    eps = 1e-8  # DINOv2's, for the norm, inside the distance and inside the logarithm
+    with torch.autocast(cls_BD.device.type, enabled=False):
+        unit_BD = functional.normalize(cls_BD.float(), dim=-1, eps=eps)
+        with torch.no_grad():
+            similarity_BB = unit_BD @ unit_BD.T
+            nearest_B = similarity_BB.fill_diagonal_(-1).argmax(dim=1)
+        distance_B = functional.pairwise_distance(unit_BD, unit_BD[nearest_B], p=2, eps=eps)
+        return -(distance_B + eps).log().mean()

@@ -1,0 +1,33 @@
+"""Settings and fixtures for all tests."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+# Before anything is imported: no telemetry, no settings in the user's home, one thread a process (cores are shared).
+for _name, _value in {
+    "DO_NOT_TRACK": "true",
+    "DS_ACCELERATOR": "cpu",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "OMP_NUM_THREADS": "1",
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_DATA_USE_DATASOURCE_V2": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+sys.path.insert(0, str(Path(__file__).parent / "fixtures"))
+
+from s3_server import STATUS, s3_bucket, s3_server  # noqa: E402
+
+__all__ = ["s3_bucket", "s3_server"]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say which S3 server the tests ran against."""
+    status = config.stash.get(STATUS, "")
+    if status:
+        terminalreporter.write_line(status)

@@ -1,0 +1,85 @@
+"""Nearest neighbours and k-means against plain numpy."""
+
+import numpy as np
+import pytest
+
+from heliostat.curation.index import kmeans, neighbors
+from heliostat.errors import DataError
+
+
+def unit(rows: int, width: int, seed: int, *, centres: int = 0) -> np.ndarray:
+    """Random unit vectors, around `centres` directions when given."""
+    generator = np.random.default_rng(seed)
+    vectors = generator.standard_normal((rows, width))
+    if centres:
+        vectors = vectors * 0.15 + generator.standard_normal((centres, width))[generator.integers(centres, size=rows)]
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def test_small_search_equals_a_full_matrix_product():
+    queries, database = unit(40, 16, 0), unit(300, 16, 1)
+    similarities, ids = neighbors(queries, database, 7)
+    expected = np.argsort(-(queries @ database.T), axis=1)[:, :7]
+    np.testing.assert_array_equal(ids, expected)
+    np.testing.assert_allclose(similarities, np.take_along_axis(queries @ database.T, expected, axis=1), atol=1e-6)
+
+
+def test_more_neighbours_than_rows_are_clamped_to_the_rows():
+    similarities, ids = neighbors(unit(3, 8, 0), unit(5, 8, 1), 64)
+    assert ids.shape == similarities.shape == (3, 5)
+    assert sorted(ids[0]) == [0, 1, 2, 3, 4]
+
+
+def test_no_queries_or_no_database_give_empty_results():
+    assert neighbors(unit(0, 8, 0), unit(5, 8, 1), 3)[1].shape == (0, 3)
+    assert neighbors(unit(4, 8, 0), unit(0, 8, 1), 3)[1].shape == (4, 0)
+
+
+def test_the_approximate_index_finds_almost_what_the_exact_one_finds_and_repeats_itself():
+    database = unit(20_000, 32, 2, centres=200)
+    queries = database[:500]
+    _, exact = neighbors(queries, database, 10)
+    _, approximate = neighbors(queries, database, 10, exact_max_rows=1_000)
+    recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact, approximate, strict=True)])
+    assert recall > 0.95
+    np.testing.assert_array_equal(approximate, neighbors(queries, database, 10, exact_max_rows=1_000)[1])
+
+
+def test_vectors_that_are_not_finite_or_of_another_width_are_refused():
+    bad = unit(4, 8, 0)
+    bad[2, 3] = np.nan
+    with pytest.raises(DataError, match="queries row 2 is not finite"):
+        neighbors(bad, unit(5, 8, 1), 3)
+    with pytest.raises(DataError, match="width 8, the database 9"):
+        neighbors(unit(4, 8, 0), unit(5, 9, 1), 3)
+    with pytest.raises(DataError, match="two dimensions"):
+        neighbors(np.zeros(8, np.float32), unit(5, 8, 1), 3)
+
+
+def test_kmeans_gives_the_same_clusters_for_the_same_seed_and_others_for_another():
+    vectors = unit(500, 16, 3)
+    first, second, other = (kmeans(vectors, 12, iterations=10, seed=seed) for seed in (5, 5, 6))
+    np.testing.assert_array_equal(first[0], second[0])
+    np.testing.assert_array_equal(first[1], second[1])
+    assert not np.array_equal(first[1], other[1])
+
+
+def test_kmeans_assigns_to_the_most_similar_unit_centroid_and_recovers_planted_clusters(capfd):
+    generator = np.random.default_rng(0)
+    planted = np.repeat(np.arange(4), 50)
+    directions = np.eye(8, dtype=np.float32)[:4]
+    vectors = directions[planted] + 0.05 * generator.standard_normal((200, 8)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    centroids, assignment = kmeans(vectors, 4, iterations=20, seed=1)
+    np.testing.assert_allclose(np.linalg.norm(centroids, axis=1), 1.0, atol=1e-5)
+    np.testing.assert_array_equal(assignment, (vectors @ centroids.T).argmax(axis=1))
+    assert len(np.unique(assignment * 4 + planted)) == 4
+    assert "WARNING" not in capfd.readouterr().err
+
+
+def test_more_clusters_than_images_is_an_error_that_says_so():
+    with pytest.raises(DataError, match=r"num_clusters 6 is not in 1\.\.5"):
+        kmeans(unit(5, 8, 0), 6, iterations=5, seed=0)
+    centroids, assignment = kmeans(unit(5, 8, 0), 5, iterations=5, seed=0)
+    assert len(centroids) == 5
+    assert sorted(assignment) == [0, 1, 2, 3, 4]

@@ -1,0 +1,210 @@
+"""The crops against Pillow with the same parameters, and the drawn parameters against their distributions."""
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from PIL import Image, ImageEnhance, ImageOps
+
+from heliostat.data.augment import CropParameters, apply_parameters, image_generator, multi_crop, normalise, sample_parameters
+from heliostat.data.batch import Batch
+from heliostat.data.config import CropsConfig
+from heliostat.data.photographs import photograph
+from heliostat.errors import DataError
+
+Pixels = npt.NDArray[np.uint8]
+
+TOLERANCE = 1.5  # grey values of 255, mean absolute error
+
+
+def _gaussian(image: Pixels, sigma: float) -> Pixels:
+    taps = np.exp(-0.5 * (np.arange(-4, 5) / sigma) ** 2)
+    taps /= taps.sum()
+    padded = np.pad(image.astype(np.float64), ((4, 4), (4, 4), (0, 0)), mode="reflect")
+    rows = sum(tap * padded[offset : offset + image.shape[0]] for offset, tap in enumerate(taps))
+    columns = sum(tap * rows[:, offset : offset + image.shape[1]] for offset, tap in enumerate(taps))
+    return np.round(columns).astype(np.uint8)
+
+
+def _hue(image: Image.Image, turns: float) -> Image.Image:
+    hue, saturation, value = image.convert("HSV").split()
+    shifted = (np.asarray(hue).astype(int) + int(turns * 255)) % 256
+    return Image.merge("HSV", (Image.fromarray(shifted.astype(np.uint8)), saturation, value)).convert("RGB")
+
+
+def reference(pixels: Pixels, parameters: CropParameters) -> Pixels:
+    """The crop as Pillow makes it, one plain step after the other."""
+    box = (parameters.left, parameters.top, parameters.left + parameters.width, parameters.top + parameters.height)
+    size = (parameters.size, parameters.size)
+    image = Image.fromarray(pixels).crop(box).resize(size, Image.Resampling.BICUBIC)
+    if parameters.flip:
+        image = ImageOps.mirror(image)
+    enhancers = {"brightness": ImageEnhance.Brightness, "contrast": ImageEnhance.Contrast, "saturation": ImageEnhance.Color}
+    for name, amount in parameters.jitter:
+        image = _hue(image, amount) if name == "hue" else enhancers[name](image).enhance(amount)
+    if parameters.grayscale:
+        image = image.convert("L").convert("RGB")
+    result = np.array(image)
+    if parameters.sigma:
+        result = _gaussian(result, parameters.sigma)
+    if parameters.solarize:
+        result = np.array(ImageOps.solarize(Image.fromarray(result), 128))
+    return result
+
+
+def _error(pixels: Pixels, parameters: CropParameters) -> float:
+    ours = apply_parameters(pixels, parameters)
+    return float(np.abs(ours.astype(int) - reference(pixels, parameters)).mean())
+
+
+@pytest.mark.parametrize("name", ["astronaut", "grass", "retina"])
+@pytest.mark.parametrize("box", [(0, 0, 300, 300), (10, 20, 111, 77), (100, 50, 30, 40), (7, 7, 64, 64)])
+def test_resizing_equals_pillows_antialiased_bicubic(name: str, box: tuple[int, int, int, int]) -> None:
+    for size in (32, 98, 224):
+        assert _error(photograph(name), CropParameters(*box, size=size)) < 0.3
+
+
+SINGLE_OPERATIONS = {
+    "flip": CropParameters(3, 5, 200, 180, 96, flip=True),
+    "brighter": CropParameters(3, 5, 200, 180, 96, jitter=(("brightness", 1.4),)),
+    "darker": CropParameters(3, 5, 200, 180, 96, jitter=(("brightness", 0.6),)),
+    "more contrast": CropParameters(3, 5, 200, 180, 96, jitter=(("contrast", 1.4),)),
+    "less contrast": CropParameters(3, 5, 200, 180, 96, jitter=(("contrast", 0.6),)),
+    "more saturation": CropParameters(3, 5, 200, 180, 96, jitter=(("saturation", 1.2),)),
+    "less saturation": CropParameters(3, 5, 200, 180, 96, jitter=(("saturation", 0.8),)),
+    "hue forward": CropParameters(3, 5, 200, 180, 96, jitter=(("hue", 0.1),)),
+    "hue back": CropParameters(3, 5, 200, 180, 96, jitter=(("hue", -0.1),)),
+    "gray": CropParameters(3, 5, 200, 180, 96, grayscale=True),
+    "least blur": CropParameters(3, 5, 200, 180, 96, sigma=0.1),
+    "middle blur": CropParameters(3, 5, 200, 180, 96, sigma=0.7),
+    "most blur": CropParameters(3, 5, 200, 180, 96, sigma=2.0),
+    "solarize": CropParameters(3, 5, 200, 180, 96, solarize=True),
+}
+
+
+@pytest.mark.parametrize("operation", SINGLE_OPERATIONS)
+@pytest.mark.parametrize("name", ["astronaut", "coffee", "grass"])
+def test_each_operation_agrees_with_pillow(operation: str, name: str) -> None:
+    assert _error(photograph(name), SINGLE_OPERATIONS[operation]) <= TOLERANCE
+
+
+def test_whole_crops_agree_with_pillow() -> None:
+    errors = []
+    for index, name in enumerate(("astronaut", "chelsea", "china", "rocket", "motorcycle_left", "gravel")):
+        pixels = photograph(name)
+        config = CropsConfig(solarize_probability=0.0)  # at 128 a rounding step of one becomes a step of 255; tested alone
+        hw = (pixels.shape[0], pixels.shape[1])
+        errors += [_error(pixels, crop) for crop in sample_parameters(hw, config, image_generator(0, 0, index))]
+    assert np.mean(errors) <= TOLERANCE
+    assert max(errors) <= 2 * TOLERANCE
+
+
+def _draws(config: CropsConfig, image_hw: tuple[int, int] = (375, 500), count: int = 2000) -> list[list[CropParameters]]:
+    return [sample_parameters(image_hw, config, image_generator(3, 0, index)) for index in range(count)]
+
+
+def test_drawn_probabilities_are_the_configured_ones() -> None:
+    draws = _draws(CropsConfig())
+    for number in range(10):
+        crops = [draw[number] for draw in draws]
+        blur = (0.0, 0.9, 0.5)[min(number, 2)]
+        solarize = 0.2 if number == 1 else 0.0
+        assert abs(np.mean([crop.flip for crop in crops]) - 0.5) < 0.04
+        assert abs(np.mean([bool(crop.jitter) for crop in crops]) - 0.8) < 0.04
+        assert abs(np.mean([crop.grayscale for crop in crops]) - 0.2) < 0.04
+        assert abs(np.mean([crop.sigma > 0 for crop in crops]) - blur) < 0.04
+        assert abs(np.mean([crop.solarize for crop in crops]) - solarize) < 0.04
+
+
+def test_as_declared_blurs_the_first_global_crop_always() -> None:
+    draws = _draws(CropsConfig(blur="as_declared"), count=500)
+    assert all(draw[0].sigma > 0 for draw in draws)
+    assert abs(np.mean([draw[1].sigma > 0 for draw in draws]) - 0.1) < 0.05
+
+
+def test_drawn_amounts_cover_their_ranges_evenly() -> None:
+    crops = [crop for draw in _draws(CropsConfig()) for crop in draw]
+    limits = {"brightness": (0.6, 1.4), "contrast": (0.6, 1.4), "saturation": (0.8, 1.2), "hue": (-0.1, 0.1)}
+    for name, (low, high) in limits.items():
+        amounts = np.array([amount for crop in crops for key, amount in crop.jitter if key == name])
+        assert low <= amounts.min() < amounts.max() <= high
+        assert abs((amounts.mean() - low) / (high - low) - 0.5) < 0.01
+        assert abs(amounts.std() / (high - low) - 1 / math.sqrt(12)) < 0.01
+    sigmas = np.array([crop.sigma for crop in crops if crop.sigma])
+    assert 0.1 <= sigmas.min() < 0.12
+    assert 1.98 < sigmas.max() <= 2.0
+    orders = [tuple(key for key, _ in crop.jitter) for crop in crops if crop.jitter]
+    shares = np.unique(orders, axis=0, return_counts=True)[1] / len(orders)
+    assert len(shares) == 24
+    assert abs(shares * 24 - 1).max() < 0.2
+
+
+def test_boxes_have_the_area_and_ratio_of_random_resized_crop() -> None:
+    draws = _draws(CropsConfig())
+    for numbers, scale in (((0, 1), (0.32, 1.0)), (range(2, 10), (0.05, 0.32))):
+        boxes = [draw[number] for draw in draws for number in numbers]
+        areas = np.array([box.height * box.width for box in boxes]) / (375 * 500)
+        ratios = np.array([box.width / box.height for box in boxes])
+        assert scale[0] * 0.97 < areas.min() < areas.max() < scale[1] * 1.03
+        assert 0.72 < ratios.min() < ratios.max() < 1.37
+        assert all(0 <= box.top <= 375 - box.height and 0 <= box.left <= 500 - box.width for box in boxes)
+    local_log_ratios = np.log([draw[5].width / draw[5].height for draw in draws])
+    assert abs(local_log_ratios.mean()) < 0.02
+    assert abs(local_log_ratios.std() - 2 * math.log(4 / 3) / math.sqrt(12)) < 0.01
+
+
+@pytest.mark.parametrize(("image_hw", "box_hw"), [((400, 40), (53, 40)), ((40, 400), (40, 53)), ((1, 1), (1, 1))])
+def test_a_picture_no_box_fits_falls_back_to_its_centre(image_hw: tuple[int, int], box_hw: tuple[int, int]) -> None:
+    config = CropsConfig(global_crops_scale=(1.0, 1.0))
+    crop = sample_parameters(image_hw, config, image_generator(0, 0, 0))[0]
+    assert (crop.height, crop.width) == box_hw
+    assert (crop.top, crop.left) == ((image_hw[0] - box_hw[0]) // 2, (image_hw[1] - box_hw[1]) // 2)
+
+
+def test_crops_are_a_pure_function_of_the_key() -> None:
+    config = CropsConfig(global_crops_size=32, local_crops_size=16, local_crops_number=4)
+    image = photograph("astronaut")[:70, :90]
+    first, again = multi_crop(image, config, (1, 2, 3)), multi_crop(image.copy(), config, (1, 2, 3))
+    assert first[0].shape == (2, 32, 32, 3)
+    assert first[1].shape == (4, 16, 16, 3)
+    assert all((one == two).all() for one, two in zip(first, again, strict=True))
+    for other in ((0, 2, 3), (1, 0, 3), (1, 2, 0)):
+        assert (multi_crop(image, config, other)[0] != first[0]).any()
+
+
+@pytest.mark.parametrize("side", [1, 3, 17])
+def test_images_smaller_than_the_crop_are_enlarged(side: int) -> None:
+    image = np.full((side, side, 3), 77, np.uint8)
+    config = CropsConfig(color_jitter_probability=0.0, solarize_probability=0.0)
+    global_crops, local_crops = multi_crop(image, config, (0, 0, 0))
+    assert (global_crops == 77).all()
+    assert (local_crops == 77).all()
+
+
+def test_no_local_crops_give_an_empty_array() -> None:
+    crops = multi_crop(photograph("coins"), CropsConfig(local_crops_number=0), (0, 0, 0))
+    assert crops[1].shape == (0, 98, 98, 3)
+
+
+def test_a_strength_of_zero_leaves_the_operation_out() -> None:
+    config = CropsConfig(hue=0.0, saturation=0.0, color_jitter_probability=1.0)
+    names = {name for draw in _draws(config, count=50) for crop in draw for name, _ in crop.jitter}
+    assert names == {"brightness", "contrast"}
+
+
+@pytest.mark.parametrize("image", [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8), np.zeros((8, 8, 3), np.float32)])
+def test_other_arrays_are_refused(image: npt.NDArray[np.uint8]) -> None:
+    with pytest.raises(DataError, match="wants"):
+        multi_crop(image, CropsConfig(), (0, 0, 0))
+
+
+def test_normalise_is_the_mean_and_standard_deviation_per_channel() -> None:
+    config = CropsConfig()
+    crops = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    batch = normalise(Batch(crops, crops[:, :, :4, :4], torch.zeros(4, 4, dtype=torch.bool), ("a", "b")), config)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (config.mean, config.std))
+    torch.testing.assert_close(batch.global_crops, (crops / 255 - mean) / std, rtol=1e-5, atol=1e-6)
+    assert batch.local_crops.dtype == torch.float32
+    assert batch.image_ids == ("a", "b")

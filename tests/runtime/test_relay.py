@@ -1,0 +1,83 @@
+"""What workers push to the relay arrives at the driver, and at the port that Prometheus scrapes."""
+
+import http.client
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from heliostat.runtime.config import ClusterConfig
+from heliostat.runtime.session import open_session
+
+pytestmark = pytest.mark.ray
+EXPORT_SECONDS = 30
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    import ray
+
+    assert not ray.is_initialized(), "another test left Ray running"
+    folder = tempfile.mkdtemp(prefix="hsr", dir="/tmp")  # short: Ray keeps unix sockets below it
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RAY_TMPDIR", folder)
+        environment.setenv("RAY_AUTH_MODE", "disabled")
+        environment.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+        with open_session(ClusterConfig(address="local", num_cpus=2, object_store_memory=100_000_000)):
+            yield
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def scrape(deadline: float, wanted: str) -> list[str]:
+    """Lines of the node's metrics page that start with `wanted`; empty when the deadline passes first."""
+    import ray
+
+    port = ray.nodes()[0]["MetricsExportPort"]
+    while time.monotonic() < deadline:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+        try:
+            connection.request("GET", "/metrics")
+            page = connection.getresponse().read().decode()
+        except OSError:  # the agent is still starting
+            page = ""
+        finally:
+            connection.close()
+        if found := [line for line in page.splitlines() if line.startswith(wanted)]:
+            return found
+        time.sleep(0.5)
+    return []
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_pushed_live_metric_is_exported_under_its_prometheus_name_with_its_artifact() -> None:
+    from heliostat.runtime.relay import Relay
+
+    relay = Relay()
+    try:
+        relay.push("model/fields@1", {"train/loss": 7.25, "train/weight_decay": 0.04}, 3)
+        assert relay.drain() == [("model/fields@1", {"train/loss": 7.25, "train/weight_decay": 0.04}, 3)]
+        (line,) = scrape(time.monotonic() + EXPORT_SECONDS, "ray_heliostat_train_loss{")
+        assert 'artifact="model/fields@1"' in line
+        assert line.endswith(" 7.25")
+        # A metric that is not live reaches the driver and the tracker only: the same page must not have it.
+        assert scrape(time.monotonic() + 1, "ray_heliostat_train_weight_decay") == []
+    finally:
+        relay.close()
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_events_come_once_and_in_order() -> None:
+    from heliostat.runtime.relay import Relay
+
+    relay = Relay()
+    try:
+        relay.note("model/fields@1", "checkpoint written")
+        relay.push("model/fields@1", {"train/step": 4.0}, 4)
+        assert relay.drain() == [("checkpoint written", {}, -1), ("model/fields@1", {"train/step": 4.0}, 4)]
+        assert relay.drain() == []
+    finally:
+        relay.close()
