@@ -69,7 +69,9 @@ def violations(package: Path) -> list[str]:
                 if LEVEL_OF[there] > LEVEL_OF[here]:
                     problems.append(f"{relative}:{line}: {here} imports {there}, which is to its right in the layer rule")
                 elif LEVEL_OF[there] == LEVEL_OF[here] and here not in ("errors", "metrics", "artifacts", "tracking"):
-                    problems.append(f"{relative}:{line}: {here} and {there} are neighbours and must meet only through artifacts")
+                    problems.append(
+                        f"{relative}:{line}: {here} and {there} are neighbours and must meet only through artifacts"
+                    )
             for system, owners in OWNERS.items():
                 outside = module == system or module.startswith(f"{system}.")
                 if outside and not any(relative.startswith(owner) for owner in owners):
@@ -99,4 +101,6 @@ def test_jobs_and_dashboards_use_the_package_and_not_the_outside_systems() -> No
     for folder in ("jobs", "dashboards"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             names = {module.split(".")[0] for _, module in imports_of(path)}
-            assert not names & {system.split(".")[0] for system in OWNERS if system not in ("urllib.request", "http.client")}, path
+            assert not names & {system.split(".")[0] for system in OWNERS if system not in ("urllib.request", "http.client")}, (
+                path
+            )

@@ -50,7 +50,7 @@ class ArtifactRef:
     @classmethod
     def parse(cls, text: str) -> "ArtifactRef":
         """Parse `kind/name@version`. Raises UsageError."""
-        match = _REF.match(text)
+        match = _REF.fullmatch(text)
         if match is None or match["kind"] not in KINDS:
             raise UsageError(f"{text!r} is not an artifact; write kind/name@version with kind one of {', '.join(KINDS)}")
         return cls(match["kind"], match["name"], match["version"])
@@ -65,9 +65,9 @@ class FileRecord(BaseModel):
 
 
 class ArtifactRecord(BaseModel):
-    """What `artifact.json` holds. Hosts, devices and absolute paths are never in it."""
+    """What `artifact.json` holds. Hosts, devices and absolute paths are never in it. A metric that is NaN reads "NaN"."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
     kind: str
     name: str
     version: str
@@ -135,12 +135,16 @@ class Draft:
     def commit(
         self, *, counts: Mapping[str, int], metrics: Mapping[str, float] | None = None, code_version: str = ""
     ) -> "Artifact":
-        """Write the record, then remove the scratch. Raises ArtifactConflictError when another writer was first."""
+        """Write the record, then remove the scratch.
+
+        Raises ArtifactConflictError when a writer with other settings was first, ArtifactError when files have vanished.
+        """
         files = {}
         for entry in self.files.list():
             if entry.key in (DRAFT, RECORD) or entry.key.startswith(WORK):
                 continue
             files[entry.key] = self._written.get(entry.key) or describe(self.files.read(entry.key))
+        self._refuse_gaps(files)
         record = ArtifactRecord(
             kind=self.ref.kind,
             name=self.ref.name,
@@ -163,6 +167,14 @@ class Draft:
             record = winner
         clean(self.files)
         return Artifact(record, self.files)
+
+    def _refuse_gaps(self, files: Mapping[str, FileRecord]) -> None:
+        missing = sorted(key for key in self._written.keys() - files.keys() if not key.startswith(WORK))
+        if missing and self.files.size(RECORD) is None:
+            raise ArtifactError(
+                f"{self.ref}: {len(missing)} written files are gone before the commit, the first is {missing[0]}; "
+                "does another run make the same version with other settings?"
+            )
 
 
 def describe(data: bytes) -> FileRecord:
@@ -225,8 +237,8 @@ class ArtifactStore:
     def list(self) -> list[ArtifactRef]:
         """Every complete artifact, sorted."""
         keys = [entry.key for entry in self.store.list() if entry.key.endswith(f"/{RECORD}")]
-        folders = [key.removesuffix(f"/{RECORD}") for key in keys]
-        return sorted(ArtifactRef.parse(folder) for folder in folders if _REF.match(folder))
+        matches = [_REF.fullmatch(key.removesuffix(f"/{RECORD}")) for key in keys]
+        return sorted(ArtifactRef(*match.groups()) for match in matches if match and match["kind"] in KINDS)
 
     def begin(
         self,

@@ -25,7 +25,14 @@ RECIPES = Path(__file__).parent / "recipes"
 class StrictModel(BaseModel):
     """Base of every configuration: frozen, unknown keys refused, no silent conversion of types."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        validate_default=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,  # fingerprints are hashed from JSON, which has neither
+    )
 
 
 class _Loader(yaml.SafeLoader):
@@ -72,14 +79,15 @@ def find_recipe(name: str) -> Path:
 
 def parse_yaml(text: str, source: str) -> Any:
     """Parse one YAML document; a syntax error becomes a ConfigError of one line."""
-    loader = _Loader(text)
-    loader.name = source
     try:
-        return loader.get_single_data()
-    except yaml.YAMLError as error:
+        loader = _Loader(text)  # refuses control characters
+        loader.name = source
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-13-45
         raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
-    finally:
-        loader.dispose()
 
 
 def load_mapping(path: Path) -> dict[str, Any]:
@@ -94,9 +102,16 @@ def load_mapping(path: Path) -> dict[str, Any]:
     return data
 
 
+def _unshared(value: Any) -> Any:
+    """A deep copy in which sections that a YAML anchor shares are separate, so that an override changes only one of them."""
+    if isinstance(value, Mapping):
+        return {key: _unshared(child) for key, child in value.items()}
+    return [_unshared(child) for child in value] if isinstance(value, list) else value
+
+
 def apply_overrides(mapping: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Lay `key.path=value` strings over a recipe; values are YAML. Returns a new mapping."""
-    result: dict[str, Any] = json.loads(json.dumps(mapping))
+    result: dict[str, Any] = _unshared(mapping)
     for override in overrides:
         dotted, equals, text = override.partition("=")
         if not equals or not dotted.strip():
@@ -135,14 +150,14 @@ def walk_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str,
 
 def _unknown_key(model: type[BaseModel], dotted: str) -> str:
     known = [key for key, _ in walk_fields(model)]
-    parent, _, last = dotted.rpartition(".")
-    siblings = [key for key in known if key.rpartition(".")[0] == parent]
-    near = difflib.get_close_matches(dotted, siblings, n=1, cutoff=0.5) or difflib.get_close_matches(
-        dotted, known, n=1, cutoff=0.6
-    )
-    same_name = [key for key in known if key.rpartition(".")[2] == last]
-    guess = (same_name or near)[:1]
-    hint = f" Did you mean {guess[0]}?" if guess else f" Known here: {', '.join(key.rpartition('.')[2] for key in siblings)}"
+    *parents, last = dotted.split(".")
+    parent = ".".join(part for part in parents if not part.isdigit())  # a position in a list is not part of a key
+    siblings = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == parent}
+    names = {key.rpartition(".")[2]: key for key in reversed(known)}
+    near = [siblings[name] for name in difflib.get_close_matches(last, siblings, n=1, cutoff=0.5)]
+    far = [names[name] for name in difflib.get_close_matches(last, names, n=1, cutoff=0.7)]
+    guess = ([names[last]] if last in names else []) or near or far
+    hint = f" Did you mean {guess[0]}?" if guess else f" Known here: {', '.join(siblings)}"
     return f"unknown key: {dotted}.{hint}"
 
 

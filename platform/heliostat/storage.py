@@ -6,7 +6,7 @@ role; `AWS_ENDPOINT_URL` for other stores) and never appear in messages.
 """
 
 import os
-import tempfile
+import secrets
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 from heliostat.errors import ObjectExistsError, ObjectNotFoundError, StorageError, UsageError
 
 _TEMPORARY_SUFFIX = ".heliostat-partial"
-_MISSING_CODES = frozenset({"404", "NoSuchKey", "NoSuchBucket", "NotFound"})
+_MISSING_CODES = frozenset({"404", "NoSuchKey", "NotFound"})
 _EXISTS_CODES = frozenset({"412", "PreconditionFailed", "ConditionalRequestConflict", "409"})
 
 
@@ -61,9 +61,16 @@ class Store(Protocol):
 def check_key(key: str) -> str:
     """Return `key`, or raise UsageError when it would leave the store."""
     path = PurePosixPath(key)
-    if not key or path.is_absolute() or ".." in path.parts or "\\" in key or "\0" in key:
-        raise UsageError(f"object key {key!r} is not allowed; use a relative path without '..'")
+    if str(path) != key or path.is_absolute() or ".." in path.parts or key == "." or "\\" in key or "\0" in key:
+        raise UsageError(f"object key {key!r} is not allowed; use a relative path without '..', '.' or empty parts")
     return key
+
+
+def _check_prefix(prefix: str) -> str:
+    """Return `prefix`, which may end anywhere in a key, or raise UsageError when it would leave the store."""
+    if prefix:
+        check_key(prefix.removesuffix("/"))
+    return prefix
 
 
 class LocalStore:
@@ -93,7 +100,7 @@ class LocalStore:
             with self.path(key).open("rb") as file:
                 file.seek(start)
                 data = file.read(num_bytes)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             raise ObjectNotFoundError(f"no object {key} in {self.uri}") from error
         except OSError as error:
             raise StorageError(f"cannot read {self.path(key)}: {error.strerror}") from error
@@ -104,7 +111,7 @@ class LocalStore:
         return path.stat().st_size if path.is_file() else None
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        folder = self._root / prefix.rpartition("/")[0]
+        folder = self._root / _check_prefix(prefix).rpartition("/")[0]
         found = [
             (path.relative_to(self._root).as_posix(), path)
             for path in folder.rglob("*")
@@ -112,17 +119,22 @@ class LocalStore:
         ]
         for key, path in sorted(found):
             if key.startswith(prefix):
-                yield ObjectInfo(key, path.stat().st_size)
+                try:
+                    info = ObjectInfo(key, path.stat().st_size)
+                except FileNotFoundError:  # deleted since the folder was read
+                    continue
+                yield info
 
     def put(self, key: str, data: bytes, *, overwrite: bool = True) -> None:
         path = self.path(key)
+        temporary = path.parent / f".{secrets.token_hex(8)}{_TEMPORARY_SUFFIX}"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:80]}.", suffix=_TEMPORARY_SUFFIX)
+            file = temporary.open("xb")
         except OSError as error:
             raise StorageError(f"cannot write to {path.parent}: {error.strerror}; choose another store=") from error
         try:
-            with os.fdopen(handle, "wb") as file:
+            with file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -135,38 +147,65 @@ class LocalStore:
         except OSError as error:
             raise StorageError(f"cannot write {path}: {error.strerror}; choose another store= or free some room") from error
         finally:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
     def delete(self, key: str) -> None:
-        self.path(key).unlink(missing_ok=True)
+        try:
+            self.path(key).unlink(missing_ok=True)
+        except (IsADirectoryError, NotADirectoryError):  # a folder is not an object, and a file has nothing below it
+            return
+        except OSError as error:
+            raise StorageError(f"cannot delete {self.path(key)}: {error.strerror}") from error
 
     def child(self, prefix: str) -> "LocalStore":
         return LocalStore(self._root / check_key(prefix))
 
 
-_thread_clients = threading.local()
+_clients: dict[tuple[object, ...], Any] = {}
+_clients_lock = threading.Lock()
+_answered: set[tuple[object, ...]] = set()
+
+
+def _client_key() -> tuple[object, ...]:
+    """What a client depends on: the process (a fork must not share sockets) and the AWS environment."""
+    return (os.getpid(), *sorted(pair for pair in os.environ.items() if pair[0].startswith("AWS_")))
 
 
 def _s3_client() -> Any:
-    """One boto3 client per thread and process, built from the standard chain."""
-    client = getattr(_thread_clients, "client", None)
-    if client is None:
-        import boto3
-        from botocore.config import Config
+    """The boto3 client of this process; clients may be used by many threads, and each costs about 0.3 CPU seconds to build.
 
-        addressing = "path" if os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") else "auto"
-        config = Config(
-            retries={"max_attempts": 8, "mode": "standard"},
-            connect_timeout=5,
-            read_timeout=60,
-            s3={"addressing_style": addressing},
-        )
-        client = _thread_clients.client = boto3.session.Session().client("s3", config=config)
+    Retries back off up to 20 s each. A store that has answered once gets seven of them, so that a run outlives an outage of a
+    minute; one that never answered gets two, so that a wrong endpoint is reported within seconds.
+    """
+    key = _client_key()
+    patient = key in _answered
+    with _clients_lock:
+        client = _clients.get((patient, key))
+        if client is None:
+            import boto3
+            from botocore.config import Config
+
+            addressing = "path" if os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") else "auto"
+            config = Config(
+                retries={"max_attempts": 8 if patient else 3, "mode": "standard"},
+                connect_timeout=5,
+                read_timeout=60,
+                max_pool_connections=32,
+                s3={"addressing_style": addressing},
+            )
+            client = boto3.session.Session().client("s3", config=config)
+            _clients.clear()  # one at a time: another environment or another patience replaces it
+            _clients[patient, key] = client
     return client
 
 
 class S3Store:
-    """A prefix in a bucket. Conditional writes use If-None-Match; the size of every written object is read back."""
+    """A prefix in a bucket. Conditional writes use If-None-Match; the size of every written object is read back.
+
+    Of two writers that create one object in the same instant exactly one wins where the store checks and writes in one step
+    (AWS, MinIO, moto). OpenStack Swift checks first and writes later: there both may be told that they won, the later one
+    stays, and the other is told so only if it reads back late enough.
+    """
 
     def __init__(self, bucket: str, prefix: str = "") -> None:
         self._bucket = bucket
@@ -186,17 +225,24 @@ class S3Store:
         where = f"{self.uri}/{key}"
         try:
             response = getattr(_s3_client(), operation)(Bucket=self._bucket, **parameters)
+            _answered.add(_client_key())
             if operation == "get_object":
                 return response["Body"].read()
             return response
         except ClientError as error:
             code = str(error.response.get("Error", {}).get("Code", "unknown"))
+            if code == "NoSuchBucket":
+                raise StorageError(f"no bucket {self._bucket}; create it or choose another store=") from None
+            if code == "InvalidRange":
+                raise StorageError(
+                    f"short read of {where}: it ends before the range asked for; the object is truncated"
+                ) from None
             if code in _MISSING_CODES:
                 raise ObjectNotFoundError(f"no object {where} ({code})") from None
             if code in _EXISTS_CODES:
                 raise ObjectExistsError(f"{where} exists already") from None
             raise StorageError(
-                f"{operation} {where} was refused: {code}; check the bucket, the region and the permissions"
+                f"{operation} {where} was refused: {code}; check the credentials, the region and the permissions"
             ) from None
         except NoCredentialsError:
             raise StorageError(
@@ -206,6 +252,8 @@ class S3Store:
             raise StorageError(
                 f"{operation} {where} failed: {type(error).__name__}; is AWS_ENDPOINT_URL right and up?"
             ) from None
+        except ValueError:  # botocore's answer to an endpoint that is not a URL
+            raise StorageError(f"{operation} {where} failed: AWS_ENDPOINT_URL is not a URL; write http://host:port") from None
 
     def read(self, key: str) -> bytes:
         data: bytes = self._call("get_object", key, Key=self._key(key))
@@ -227,7 +275,7 @@ class S3Store:
         root = f"{self._prefix}/" if self._prefix else ""
         token: dict[str, str] = {}
         while True:
-            page = self._call("list_objects_v2", prefix, Prefix=root + prefix, **token)
+            page = self._call("list_objects_v2", prefix, Prefix=root + _check_prefix(prefix), **token)
             for entry in page.get("Contents", []):
                 yield ObjectInfo(entry["Key"][len(root) :], int(entry["Size"]))
             if not page.get("IsTruncated"):
@@ -236,10 +284,14 @@ class S3Store:
 
     def put(self, key: str, data: bytes, *, overwrite: bool = True) -> None:
         condition = {} if overwrite else {"IfNoneMatch": "*"}
-        self._call("put_object", key, Key=self._key(key), Body=data, **condition)
-        stored = self.size(key)
-        if stored != len(data):
-            raise StorageError(f"{self.uri}/{key} holds {stored} bytes after writing {len(data)}; the store corrupts uploads")
+        written = self._call("put_object", key, Key=self._key(key), Body=data, **condition)
+        found = self._call("head_object", key, Key=self._key(key))
+        if not overwrite and found["ETag"] != written["ETag"]:  # the store lets two conditional writes pass at the same time
+            raise ObjectExistsError(f"{self.uri}/{key} exists already")
+        if found["ContentLength"] != len(data):
+            raise StorageError(
+                f"{self.uri}/{key} holds {found['ContentLength']} bytes after writing {len(data)}; the store corrupts uploads"
+            )
 
     def delete(self, key: str) -> None:
         self._call("delete_object", key, Key=self._key(key))

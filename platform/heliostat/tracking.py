@@ -5,6 +5,7 @@ database: the driver opens the run and hands its id on, and the workers `attach`
 """
 
 import os
+import re
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -188,8 +189,24 @@ def _one_line(uri: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise TrackingError(f"MLflow at {uri} failed: {reason}; set tracking.uri to a working store, or to none") from error
+        text = " ".join(str(error).split())
+        no_answer = re.search(r"Max retries exceeded.*Caused by (\w+)", text)
+        reason = f"no answer ({no_answer[1]})" if no_answer else text[:300]
+        message = f"MLflow at {uri} failed: {reason}; set tracking.uri to a working store, or to none"
+        raise TrackingError(re.sub(r"//[^/@\s]+@", "//***@", message)) from error  # a URI may hold a password
+
+
+@contextmanager
+def _short_patience() -> Iterator[None]:
+    """Let the first requests fail within 8 s where nobody answers; what the user's environment sets stays."""
+    hasty = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "4"}
+    added = {name: value for name, value in hasty.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
 
 
 def open_tracker(config: TrackingConfig, store: Store) -> Tracker:
@@ -202,10 +219,11 @@ def open_tracker(config: TrackingConfig, store: Store) -> Tracker:
         database.parent.mkdir(parents=True, exist_ok=True)
         uri = f"sqlite:///{database}"
         artifacts = (database.parent / "mlflow-files").as_uri()
+    tracker = MlflowTracker(uri, config.experiment, artifacts)
+    with _short_patience():
+        tracker.prepare()
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    tracker = MlflowTracker(uri, config.experiment, artifacts)
-    tracker.prepare()
     return tracker
 
 

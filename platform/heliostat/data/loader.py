@@ -9,7 +9,7 @@ order. Threads read, decode and augment; OpenCV, torch and the decoders release 
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 

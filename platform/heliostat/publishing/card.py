@@ -40,8 +40,9 @@ def render_card(
         "## Model",
         "\n".join(
             [
-                f"- architecture: {backbone.arch}, width {backbone.embed_dim}, {backbone.depth} blocks, {backbone.num_heads} heads, "
-                f"patch {backbone.patch_size}, {backbone.num_register_tokens} registers, native size {backbone.img_size} pixels",
+                f"- architecture: {backbone.arch}, width {backbone.embed_dim}, {backbone.depth} blocks, "
+                f"{backbone.num_heads} heads, patch {backbone.patch_size}, {backbone.num_register_tokens} registers, "
+                f"native size {backbone.img_size} pixels",
                 f"- training: {info.steps:,} steps, {info.images_seen:,} images seen, without labels",
                 f"- pixels: {'luminance' if info.grayscale else 'RGB'} in 0..1, mean {list(info.mean)}, std {list(info.std)}",
                 f"- code: heliostat {record.code_version}; fingerprint {record.fingerprint[:16]}",

@@ -1,11 +1,14 @@
 """A small actor through which workers tell the driver how far they are, and Prometheus what they measure."""
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
 
 from heliostat.metrics import METRICS
+
+_POLL_SECONDS = 0.5
 
 
 class _Relay:
@@ -62,3 +65,33 @@ class Relay:
     def close(self) -> None:
         """Stop the actor."""
         ray.kill(self._actor)
+
+
+class Watcher:
+    """Hands every event of a relay to `show(source_or_text, metrics, step)` in a thread, while a `with` block waits for workers.
+
+    A line of text has step -1. The relay is drained once more at the end, then closed.
+    """
+
+    def __init__(self, relay: Relay, show: Callable[[str, dict[str, float], int], None]) -> None:
+        self._relay, self._show = relay, show
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="heliostat-progress")
+
+    def __enter__(self) -> Relay:
+        self._thread.start()
+        return self._relay
+
+    def __exit__(self, *exception: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self._drain()
+        self._relay.close()
+
+    def _watch(self) -> None:
+        while not self._done.wait(_POLL_SECONDS):
+            self._drain()
+
+    def _drain(self) -> None:
+        for event in self._relay.drain():
+            self._show(*event)

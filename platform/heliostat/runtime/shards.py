@@ -1,11 +1,13 @@
-"""The same function over many shards, as a Ray Data pipeline of actors: what ingest and curate are made of.
+"""The same function over many shards, as a Ray Data pipeline: what ingest and curate are made of.
 
 A task is small and plain (it names its shard); a result is small and plain (it counts). The images themselves go from store to
-store inside the actor and never through the driver. An actor writes its shard atomically, so whatever a killed run has
+store inside the workers and never through the driver. A worker writes its shard atomically, so whatever a killed run has
 finished is skipped by the next one.
 """
 
 import json
+import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -34,12 +36,12 @@ class _Adapter:
 
 
 def map_shards(
-    function: ShardFunction, tasks: Sequence[Mapping[str, Any]], *, label: str, progress: Progress, num_actors: int = 0
+    function: ShardFunction, tasks: Sequence[Mapping[str, Any]], *, label: str, progress: Progress, has_state: bool = False
 ) -> Iterator[dict[str, Any]]:
     """Run `function` over all tasks and yield its results as they come, in no particular order.
 
-    num_actors: actors to start, 0 takes one per CPU of the cluster but no more than tasks. Raises DataError with the message
-    of the first task that failed.
+    has_state: the function is costly to set up (a network), so it lives in one actor per CPU instead of being sent with every
+    task. Raises DataError with the message of the first task that failed.
     """
     if not tasks:
         return
@@ -48,9 +50,14 @@ def map_shards(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    num_actors = num_actors or max(1, min(len(tasks), int(ray.cluster_resources().get("CPU", 1))))
+    if os.environ.get("HELIOSTAT_DEBUG") != "1":
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
     rows = ray.data.from_items([{"task": json.dumps(dict(task))} for task in tasks], override_num_blocks=len(tasks))
-    mapped = rows.map(_Adapter, fn_constructor_args=(function,), compute=ray.data.ActorPoolStrategy(size=num_actors))
+    if has_state:
+        num_actors = max(1, min(len(tasks), int(ray.cluster_resources().get("CPU", 1))))
+        mapped = rows.map(_Adapter, fn_constructor_args=(function,), compute=ray.data.ActorPoolStrategy(size=num_actors))
+    else:
+        mapped = rows.map(_Adapter(function).__call__)
     for done, row in enumerate(mapped.iter_rows(), start=1):
         if row["error"]:
             raise DataError(row["error"])

@@ -194,7 +194,9 @@ def _embed(context: Context, config: CurateStage, draft: Draft, source: Artifact
         embed.image_size,
         embed.batch_size,
     )
-    for _ in map_shards(function, tasks, label=f"decoding and embedding {role}", progress=context.progress):
+    has_state = config.embed.embedder != "thumbnail"
+    label = f"decoding and embedding {role}"
+    for _ in map_shards(function, tasks, label=label, progress=context.progress, has_state=has_state):
         pass
     tables = [pq.read_table(io.BytesIO(draft.files.read(f"{prefix}{index:06d}.parquet"))) for index in range(len(shards))]
     return _split(manifest, pa.concat_tables(tables), source)

@@ -22,7 +22,7 @@ from heliostat.models.stored import read_backbone_files
 from heliostat.runtime.config import SweepConfig
 from heliostat.runtime.pipelines import Context, Summary, config_of, make
 from heliostat.runtime.progress import bar
-from heliostat.runtime.relay import Relay
+from heliostat.runtime.relay import Relay, Watcher
 from heliostat.runtime.stage_train import NOT_IN_FINGERPRINT, readable_rows, training_images
 from heliostat.runtime.trainer import ReadRange
 from heliostat.tracking import Run, Tracker
@@ -92,71 +92,58 @@ def sweep(context: Context, config: SweepConfig) -> Artifact:
 
 
 def _run_trials(context: Context, config: SweepConfig, trials: Sequence[Trial], parent_run: str) -> None:
-    import ray
     from ray import tune
 
-    relay = Relay()
-    shared = ray.put(
-        {"trials": {trial.name: trial for trial in trials}, "tracker": context.tracker, "parent": parent_run, "relay": relay}
-    )
+    total = sum(trial.job.config.train.steps for trial in trials)
+    steps: dict[str, int] = {}
+
+    def show(source: str, metrics: dict[str, float], step: int) -> None:
+        if step < 0:
+            context.progress.say(f"  {source}")
+            return
+        steps[source] = step
+        done = sum(steps.values())
+        context.progress.update(f"{len(trials)} trials {bar(done, total)} step {done}/{total}", final=done == total)
+
     resources = {"cpu": config.cpus_per_trial} | ({"gpu": config.gpus_per_trial} if config.gpus_per_trial else {})
-    with tempfile.TemporaryDirectory(prefix="heliostat-sweep-") as folder:
+    with Watcher(Relay(), show) as relay, tempfile.TemporaryDirectory(prefix="heliostat-sweep-") as folder:
+        shared = _Shared({trial.name: trial for trial in trials}, context.tracker, parent_run, relay, config.report_every_steps)
         tuner = tune.Tuner(
-            tune.with_resources(tune.with_parameters(_run_trial, shared=shared, every=config.report_every_steps), resources),
+            tune.with_resources(tune.with_parameters(_run_trial, shared=shared), resources),
             param_space={"trial": tune.grid_search([trial.name for trial in trials])},
             tune_config=tune.TuneConfig(max_concurrent_trials=config.max_concurrent_trials),
-            run_config=tune.RunConfig(
-                name="sweep", storage_path=folder, verbose=0, callbacks=[_progress_callback(context, trials, relay)]
-            ),
+            run_config=tune.RunConfig(name="sweep", storage_path=folder, verbose=0),
         )
         results = tuner.fit()
-    relay.close()
     if results.errors:
         text = str(results.errors[0]).strip().splitlines()
         raise TrainingError(f"{len(results.errors)} of {len(trials)} trials failed, first: {text[-1] if text else 'unknown'}")
 
 
-def _progress_callback(context: Context, trials: Sequence[Trial], relay: Relay) -> Any:
-    from ray.tune import Callback
+@dataclass(frozen=True)
+class _Shared:
+    """What every trial's process gets."""
 
-    total = sum(trial.job.config.train.steps for trial in trials)
-    steps: dict[str, float] = {}
-    finished: set[str] = set()
-
-    class ShowProgress(Callback):  # type: ignore[misc]
-        """One line for all trials together."""
-
-        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
-            for text, _, step in relay.drain():
-                if step < 0:
-                    context.progress.say(f"  {text}")
-            steps[trial.trial_id] = result.get("step", 0)
-            done = int(sum(steps.values()))
-            context.progress.update(f"trials {bar(done, total)} step {done}/{total}, {len(finished)} of {len(trials)} finished")
-
-        def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            finished.add(trial.trial_id)
-
-    return ShowProgress()
+    trials: Mapping[str, Trial]
+    tracker: Tracker
+    parent_run: str
+    relay: Relay
+    report_every_steps: int
 
 
-def _run_trial(parameters: dict[str, Any], *, shared: Any, every: int) -> None:
+def _run_trial(parameters: dict[str, Any], *, shared: _Shared) -> None:
     """Runs in a trial's process."""
-    import ray
     from ray import tune
 
-    given = ray.get(shared) if isinstance(shared, ray.ObjectRef) else shared
-    trial: Trial = given["trials"][parameters["trial"]]
-    tracker: Tracker = given["tracker"]
-    relay: Relay = given["relay"]
-    files = trial.job.files
-    config = trial.job.config
-    tags = {"mlflow.parentRunId": given["parent"]} if given["parent"] else {}
-    run = tracker.start(f"trial {trial.name}", config=config_of(config), tags=tags)
+    trial = shared.trials[parameters["trial"]]
+    relay, files, config = shared.relay, trial.job.files, trial.job.config
+    tags = {"mlflow.parentRunId": shared.parent_run} if shared.parent_run else {}
+    run = shared.tracker.start(f"trial {trial.name}", config=config_of(config), tags=tags)
 
     def report(metrics: Mapping[str, float], step: int) -> None:
         run.log_metrics(metrics, step)
-        if step % every == 0 or step == config.train.steps:
+        relay.push(f"trial {trial.name}", metrics, step)
+        if step % shared.report_every_steps == 0 or step == config.train.steps:
             tune.report({"step": step, **{name.replace("/", "_"): value for name, value in metrics.items()}})
 
     status = "FAILED"

@@ -6,7 +6,6 @@ group; the loop then finds the newest checkpoint by itself.
 
 import os
 import tempfile
-import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +16,12 @@ import torch
 from heliostat.artifacts import Draft
 from heliostat.errors import HeliostatError, TrainingError
 from heliostat.runtime.progress import Progress, training_line
-from heliostat.runtime.relay import Relay
+from heliostat.runtime.relay import Relay, Watcher
 from heliostat.storage import Store
 from heliostat.tracking import Run, Tracker
 from heliostat.training.engine import World
 from heliostat.training.recipe import TrainingConfig
 from heliostat.training.run import FrozenTeacher, TrainingJob, run_training
-
-_POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -65,39 +62,15 @@ def train(request: TrainingRequest, run: Run, progress: Progress) -> dict[str, A
             progress.update(training_line(metrics, step, total))
 
         return run_training(request.job, World(), report, progress.say)
-    relay = Relay()
-    watcher = _Watcher(relay, progress, total)
-    watcher.start()
-    try:
+
+    def show(source: str, metrics: dict[str, float], step: int) -> None:
+        if step < 0:
+            progress.say(f"  {source}")
+        else:
+            progress.update(training_line(metrics, step, total), final=step == total)
+
+    with Watcher(Relay(), show) as relay:
         return _fit(request, relay)
-    finally:
-        watcher.stop()
-        relay.close()
-
-
-class _Watcher(threading.Thread):
-    """Shows what the relay receives while the driver waits for the worker group."""
-
-    def __init__(self, relay: Relay, progress: Progress, total: int) -> None:
-        super().__init__(daemon=True, name="heliostat-progress")
-        self._relay, self._progress, self._total = relay, progress, total
-        self._done = threading.Event()
-
-    def run(self) -> None:
-        while not self._done.wait(_POLL_SECONDS):
-            self._show()
-
-    def stop(self) -> None:
-        self._done.set()
-        self.join()
-        self._show()
-
-    def _show(self) -> None:
-        for text, metrics, step in self._relay.drain():
-            if step < 0:
-                self._progress.say(f"  {text}")
-            else:
-                self._progress.update(training_line(metrics, step, self._total), final=step == self._total)
 
 
 def _fit(request: TrainingRequest, relay: Relay) -> dict[str, Any]:

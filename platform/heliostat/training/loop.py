@@ -72,14 +72,15 @@ def fit(trainer: Trainer) -> list[dict[str, float]]:
     total = trainer.config.train.steps
     with closing(trainer.loader.iterate(state.step, total - state.step)) as batches:
         for batch in batches:
-            _one_step(trainer, state, batch)
+            one_step(trainer, state, batch)
             if state.step % trainer.config.train.checkpoint_every_steps == 0 and state.step < total:
                 _save(trainer, state)
     _save(trainer, state)
     return read_history(trainer.files, total) if trainer.world.is_main else []
 
 
-def _one_step(trainer: Trainer, state: LoopState, batch: Batch) -> None:
+def one_step(trainer: Trainer, state: LoopState, batch: Batch) -> None:
+    """Forward, backward, optimizer and teacher for one batch; a step whose loss is not finite is skipped."""
     config, world = trainer.config, trainer.world
     values = _values(trainer, state.step)
     apply_step_values(trainer.optimizer.param_groups, values)

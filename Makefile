@@ -1,0 +1,34 @@
+# make demo   the whole chain on real photographs
+# make test   all tests
+# make check  format, lint, types
+# make bench  measurements, written to benchmarks/results/
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: install demo test check bench clean
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed -c constraints.txt -e ".[demo,dev]"
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/heliostat demo
+
+test: $(INSTALLED)
+	-$(BIN)/python tests/fixtures/install_s3_server.py
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/foundation.py
+
+clean:
+	rm -rf $(VENV) .cache heliostat-store heliostat-mlflow.db

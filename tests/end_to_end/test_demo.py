@@ -1,0 +1,175 @@
+"""The whole chain at a small size, through the command line: complete, reused, and finished after every kind of interruption."""
+
+import io
+import json
+import signal
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from demo_run import SMALL, run, run_until
+
+from heliostat.artifacts import ArtifactRef, ArtifactStore, verify
+from heliostat.config import find_recipe
+from heliostat.storage import LocalStore
+
+pytestmark = pytest.mark.ray
+
+ARTIFACTS = [
+    "curated/demo@1",
+    "model/demo-student@1",
+    "model/demo@1",
+    "raw/demo-curated@1",
+    "raw/demo-heldout@1",
+    "raw/demo-labelled@1",
+    "raw/demo-pictures@1",
+    "raw/demo@1",
+    "release/demo@1",
+    "report/demo@1",
+    "sweep/demo@1",
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("demo")
+    done = run(["demo", *SMALL], str(folder / "store"), folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "store", done.stdout
+
+
+def load(store: Path, name: str):
+    return ArtifactStore(LocalStore(store)).load(ArtifactRef.parse(name))
+
+
+def test_every_artifact_is_complete_and_its_checksums_hold(finished) -> None:
+    store, _ = finished
+    artifacts = ArtifactStore(LocalStore(store))
+    assert [str(ref) for ref in artifacts.list()] == ARTIFACTS
+    for ref in artifacts.list():
+        assert verify(artifacts.load(ref)) > 0
+    assert not list(store.rglob("draft.json"))
+    assert not [path for path in store.rglob("*") if path.is_file() and "_work" in path.parts]
+
+
+def test_the_funnel_adds_up_and_ends_at_the_training_set(finished) -> None:
+    store, output = finished
+    funnel = load(store, "curated/demo@1").read_json("funnel.json")
+    for step in funnel:
+        assert step["rows_in"] == step["rows_kept"] + sum(step["dropped_by_reason"].values())
+    for before, after in zip(funnel, funnel[1:], strict=False):
+        assert before["rows_kept"] == after["rows_in"]
+    assert [step["stage"] for step in funnel] == ["decode", "exact", "copies", "retrieval", "balance"]
+    assert funnel[0]["rows_in"] == load(store, "raw/demo@1").record.counts["images"]
+    assert sum(funnel[0]["dropped_by_reason"].values()) == 6  # the broken files that were planted
+    assert funnel[-1]["rows_kept"] == load(store, "curated/demo@1").record.counts["images"] == 100
+    assert "planted copies: recall" in output
+
+
+def test_kept_images_are_the_original_bytes(finished) -> None:
+    store, _ = finished
+    raw, curated = load(store, "raw/demo@1"), load(store, "curated/demo@1")
+
+    def images(artifact) -> dict[str, bytes]:
+        rows = pq.read_table(io.BytesIO(artifact.files.read("manifest.parquet"))).to_pylist()
+        return {row["id"]: artifact.files.read_range(row["shard"], row["offset"], row["length"]) for row in rows}
+
+    before, after = images(raw), images(curated)
+    assert after.items() <= before.items()
+
+
+def test_the_report_holds_table_curves_and_pictures(finished) -> None:
+    store, _ = finished
+    report = load(store, "report/demo@1")
+    page = report.files.read("report.html").decode()
+    assert page.count("<svg") == 2
+    assert page.count("data:image/png;base64,") == 2
+    rows = report.read_json("results.json")["rows"]
+    assert {(row["name"], row["version"]) for row in rows} >= {
+        ("raw pixels", "colour"),
+        ("colour histogram", "colour"),
+        ("random weights", "colour"),
+        ("teacher", "colour"),
+        ("student", "colour"),
+        ("raw pixels", "grey"),
+        ("luminance histogram", "grey"),
+        ("random weights", "grey"),
+    }
+    assert all(0 <= row["knn"] <= 1 and 0 <= row["linear"] <= 1 for row in rows)
+
+
+def test_lineage_runs_from_the_release_to_the_raw_images(finished) -> None:
+    store, output = finished
+    tree = output[output.index("release/demo@1  [") :]
+    for name in ("model: model/demo-student@1", "teacher: model/demo@1", "data: curated/demo@1", "raw: raw/demo@1"):
+        assert name in tree
+    assert "mlflow ui --backend-store-uri sqlite:///" in output
+    assert json.loads((store / "release/demo@1/config.json").read_text())["architecture"]["embed_dim"] == 64
+    assert (store / "release/demo@1/README.md").read_text().startswith("---\nlicense: apache-2.0")
+
+
+def test_mlflow_holds_one_finished_run_per_artifact_with_its_inputs(finished) -> None:
+    from mlflow import MlflowClient
+
+    store, _ = finished
+    client = MlflowClient(f"sqlite:///{store / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("heliostat")
+    runs = {
+        run.data.tags.get("heliostat.artifact", run.info.run_name): run
+        for run in client.search_runs([experiment.experiment_id])
+    }
+    assert set(ARTIFACTS) <= set(runs)
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    student = runs["model/demo-student@1"]
+    assert student.data.tags["heliostat.input.teacher"] == "model/demo@1"
+    steps = [metric.step for metric in client.get_metric_history(runs["model/demo@1"].info.run_id, "train/loss")]
+    assert steps == [4, 8, 12, 16, 20, 24]
+
+
+def test_a_second_run_reuses_everything_and_says_so(finished) -> None:
+    store, _ = finished
+    done = run(["demo", *SMALL], str(store), store.parent)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(": reused, made ") == len(ARTIFACTS)
+    assert "Ray:" not in done.stdout
+
+
+def test_a_changed_setting_under_the_same_version_is_refused_with_the_field(finished) -> None:
+    store, _ = finished
+    done = run(["pretrain", find_recipe("demo").as_posix(), *SMALL, "pretrain.optim.lr=5e-4"], str(store), store.parent)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "model/demo@1 exists with another configuration (optim.lr: 0.001 -> 0.0005)" in done.stderr
+    assert "give version=" in done.stderr
+
+
+STOPS = [
+    ("ingest    raw/demo@1", signal.SIGKILL),
+    ("curate    curated/demo@1", signal.SIGINT),
+    ("model/demo@1/_work/checkpoints/step-00000008/checkpoint.json", signal.SIGKILL),
+    ("sweep     sweep/demo@1", signal.SIGINT),
+    ("distill   model/demo-student@1", signal.SIGKILL),
+    ("evaluate  report/demo@1", signal.SIGINT),
+    ("publish   release/demo@1", signal.SIGKILL),
+]
+
+
+def test_a_demo_stopped_in_every_stage_ends_with_the_same_weights(finished, tmp_path: Path) -> None:
+    whole, _ = finished
+    store = tmp_path / "store"
+    for marker, kill in STOPS:
+        output = run_until(
+            ["demo", *SMALL], str(store), tmp_path, marker=store / marker if marker.endswith(".json") else marker, kill=kill
+        )
+        if kill == signal.SIGINT:
+            assert "interrupted; the same command resumes where it stopped" in output
+    done = run(["demo", *SMALL], str(store), tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    artifacts = ArtifactStore(LocalStore(store))
+    assert [str(ref) for ref in artifacts.list()] == ARTIFACTS
+    for ref in artifacts.list():
+        verify(artifacts.load(ref))
+    for name in ("model/demo@1", "model/demo-student@1", "curated/demo@1", "raw/demo@1"):
+        again, before = load(store, name).record, load(whole, name).record
+        assert again.fingerprint == before.fingerprint
+        assert again.files == before.files, name
