@@ -323,13 +323,23 @@ def lineage(artifacts: ArtifactStore, ref: ArtifactRef, role: str = "") -> Linea
     return LineageNode(role, ref, found.record if found else None, children)
 
 
-def render_lineage(node: LineageNode, prefix: str = "", branch: str = "") -> list[str]:
-    """The tree as lines of text, inputs indented below what was made from them."""
+def render_lineage(node: LineageNode) -> list[str]:
+    """The tree as lines of text, inputs indented below what was made from them; what was shown before is not unfolded again."""
+    return _render(node, "", "", set())
+
+
+def _render(node: LineageNode, prefix: str, branch: str, shown: set[ArtifactRef]) -> list[str]:
     role = f"{node.role}: " if node.role else ""
     counts = ", ".join(f"{value:,} {name}" for name, value in (node.record.counts if node.record else {}).items())
-    missing = "  (not in this store)" if node.record is None else ""
-    lines = [f"{prefix}{branch}{role}{node.ref}{missing}" + (f"  [{counts}]" if counts else "")]
+    repeated = node.ref in shown and bool(node.inputs)
+    shown.add(node.ref)
+    note = (
+        "  (not in this store)" if node.record is None else "  (see above)" if repeated else f"  [{counts}]" if counts else ""
+    )
+    lines = [f"{prefix}{branch}{role}{node.ref}{note}"]
+    if repeated:
+        return lines
     inner = prefix + ("" if not branch else "   " if branch.startswith("└") else "│  ")
     for position, child in enumerate(node.inputs):
-        lines += render_lineage(child, inner, "└─ " if position == len(node.inputs) - 1 else "├─ ")
+        lines += _render(child, inner, "└─ " if position == len(node.inputs) - 1 else "├─ ", shown)
     return lines

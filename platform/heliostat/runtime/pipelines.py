@@ -75,7 +75,7 @@ def code_version() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return __version__
     commit = found.stdout.strip()
-    inside = (folder.parents[1] / "pyproject.toml").is_file()
+    inside = (folder.parents[2] / "pyproject.toml").is_file()
     return f"{__version__}+{commit}" if found.returncode == 0 and inside and commit else __version__
 
 

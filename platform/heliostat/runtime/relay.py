@@ -68,7 +68,7 @@ class Relay:
 
 
 class Watcher:
-    """Hands every event of a relay to `show(source_or_text, metrics, step)` in a thread, while a `with` block waits for workers.
+    """Hands every event of a relay to `show(source_or_text, metrics, step)` in a thread, while a `with` block lasts.
 
     A line of text has step -1. The relay is drained once more at the end, then closed.
     """

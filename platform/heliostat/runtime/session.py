@@ -1,8 +1,8 @@
 """A Ray session: a private local cluster, or a cluster that is there already.
 
-A local cluster never joins another one on the machine and is shut down with its session; Ray's token authentication stays
-on, because Ray's control port listens on every interface. A cluster is joined with the token of the standard chain (`RAY_AUTH_TOKEN`,
-`RAY_AUTH_TOKEN_PATH`, the user's token file); a token is never read, stored or printed here.
+A local cluster never joins another one on the machine and is shut down with its session; Ray's token authentication stays on,
+because Ray's control port listens on every interface. A cluster is joined with the token of the standard chain
+(`RAY_AUTH_TOKEN`, `RAY_AUTH_TOKEN_PATH`, the user's token file); a token is never read, stored or printed here.
 """
 
 import logging
