@@ -31,4 +31,4 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/foundation.py
 
 clean:
-	rm -rf $(VENV) .cache heliostat-store heliostat-mlflow.db
+	rm -rf $(VENV) .cache heliostat-store

@@ -140,11 +140,9 @@ def test_three_processes_write_to_one_run_at_once_without_a_loss(tracker: Tracke
     assert len(history(tracker, run.id, "all")) == 30
 
 
-def test_a_remote_store_records_in_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "heliostat-mlflow.db").write_bytes((folder / "mlflow.db").read_bytes())  # spares the seconds of a new one
-    found = open_tracker(TrackingConfig(), open_store("s3://bucket/lake"))
-    assert found.uri == f"sqlite:///{tmp_path}/heliostat-mlflow.db"
+def test_a_remote_store_needs_a_tracking_uri_of_its_own() -> None:
+    with pytest.raises(TrackingError, match=r"the store is s3://bucket/lake; give the URI of an MLflow server"):
+        open_tracker(TrackingConfig(), open_store("s3://bucket/lake"))
 
 
 def test_none_keeps_nothing(tmp_path: Path) -> None:

@@ -5,10 +5,13 @@ is wrong, 130 interrupted.
 """
 
 import argparse
+import difflib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 from heliostat import __version__
 from heliostat.errors import HeliostatError, UsageError
@@ -40,13 +43,19 @@ class Request:
     words: tuple[str, ...]
     overrides: tuple[str, ...]
     dry_run: bool
-    debug: bool
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that refuses in one line, as everything else does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see heliostat --help")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The argument parser, help text included."""
     verbs = "\n".join(f"  {verb:10} {text}" for verb, text in {**OTHER_VERBS, **STAGE_VERBS}.items())
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="heliostat",
         usage="heliostat VERB [RECIPE] [key.path=value ...] [--dry-run] [--debug]",
         description="Turn your own raw images into your own vision foundation models.",
@@ -54,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
         "sets pretrain.optim.lr. RECIPE is a file or the name of a shipped recipe.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("verb", choices=[*OTHER_VERBS, *STAGE_VERBS], metavar="VERB", help="what to do, see below")
+    parser.add_argument("verb", metavar="VERB", help="what to do, see below")
     parser.add_argument("words", nargs="*", metavar="RECIPE | key=value", help="a recipe, and settings that override it")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and what it will cost, then stop")
     parser.add_argument("--debug", action="store_true", help="show tracebacks and the logs of workers")
@@ -63,11 +72,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse(arguments: Sequence[str]) -> Request:
-    """Split the words into recipe (no `=`) and overrides (with `=`)."""
+    """Split the words into recipe (no `=`) and overrides (with `=`). Raises UsageError."""
     options = build_parser().parse_intermixed_args(list(arguments))
+    verbs = [*OTHER_VERBS, *STAGE_VERBS]
+    if options.verb not in verbs:
+        near = difflib.get_close_matches(options.verb, verbs, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"Verbs: {', '.join(verbs)}"
+        raise UsageError(f"unknown verb: {options.verb}. {hint}")
     words = tuple(word for word in options.words if "=" not in word)
     overrides = tuple(word for word in options.words if "=" in word)
-    return Request(options.verb, words, overrides, options.dry_run, options.debug)
+    return Request(options.verb, words, overrides, options.dry_run)
 
 
 def _one_word(request: Request, meaning: str, default: str = "") -> str:
@@ -107,13 +121,15 @@ def dispatch(request: Request) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status."""
-    request = parse(sys.argv[1:] if arguments is None else arguments)
-    if request.debug:
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    if debug:
         os.environ["HELIOSTAT_DEBUG"] = "1"
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` and schedulers end like Ctrl-C: runs are closed
     try:
-        dispatch(request)
+        dispatch(parse(words))
     except HeliostatError as error:
-        if request.debug:
+        if debug:
             raise
         print(f"heliostat: {error}", file=sys.stderr)
         return error.exit_status

@@ -27,7 +27,7 @@ class TrackingConfig(StrictModel):
     """Where runs are recorded."""
 
     uri: str = "auto"
-    """MLflow tracking URI; "auto" is sqlite in the local store (./heliostat-mlflow.db for a remote one)."""
+    """MLflow tracking URI; "auto" is a sqlite file in the local store, "none" records nothing."""
     experiment: str = Field(default="heliostat", min_length=1)
     """MLflow experiment name."""
 
@@ -215,7 +215,12 @@ def open_tracker(config: TrackingConfig, store: Store) -> Tracker:
         return NullTracker()
     uri, artifacts = config.uri, ""
     if uri == "auto":
-        database = store.path("mlflow.db") if isinstance(store, LocalStore) else Path("heliostat-mlflow.db").absolute()
+        if not isinstance(store, LocalStore):
+            raise TrackingError(
+                f"tracking.uri=auto is a file beside a local store, and the store is {store.uri}; give the URI of an MLflow "
+                "server, sqlite:////absolute/path.db, or none"
+            )
+        database = store.path("mlflow.db")
         database.parent.mkdir(parents=True, exist_ok=True)
         uri = f"sqlite:///{database}"
         artifacts = (database.parent / "mlflow-files").as_uri()

@@ -17,13 +17,13 @@ pytestmark = pytest.mark.ray
 
 ARTIFACTS = [
     "curated/demo@1",
-    "model/demo-student@1",
     "model/demo@1",
+    "model/demo-student@1",
+    "raw/demo@1",
     "raw/demo-curated@1",
     "raw/demo-heldout@1",
     "raw/demo-labelled@1",
     "raw/demo-pictures@1",
-    "raw/demo@1",
     "release/demo@1",
     "report/demo@1",
     "sweep/demo@1",
@@ -35,6 +35,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("demo")
     done = run(["demo", *SMALL], str(folder / "store"), folder)
     assert done.returncode == 0, done.stdout + done.stderr
+    (folder / "first.txt").write_text(done.stdout)
     return folder / "store", done.stdout
 
 

@@ -1,6 +1,6 @@
 """One table: baselines, random weights and models, judged alike on held-out labelled images."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -133,7 +133,7 @@ def random_backbone(config: BackboneConfig, seed: int) -> VisionTransformer:
         return VisionTransformer(config).eval().requires_grad_(False)
 
 
-def judge_all(judge: Judge, models: Sequence[Candidate], seeds: Mapping[str, Sequence[Candidate]]) -> list[Row]:
+def judge_all(judge: Judge, models: Sequence[Candidate], seeds: Sequence[Sequence[Candidate]]) -> list[Row]:
     """The whole table. `models` are single artifacts, `seeds` are groups of the same settings under several seeds.
 
     A candidate is judged on the version it was trained on; a version without candidates is left out.
@@ -141,15 +141,15 @@ def judge_all(judge: Judge, models: Sequence[Candidate], seeds: Mapping[str, Seq
     rows: list[Row] = []
     for version in ("colour", "grey"):
         single = [one for one in models if version_of(one.info) == version]
-        groups = {name: group for name, group in seeds.items() if group and version_of(group[0].info) == version}
+        groups = [group for group in seeds if version_of(group[0].info) == version]
         if not single and not groups:
             continue
-        first = single[0] if single else next(iter(groups.values()))[0]
+        first = single[0] if single else groups[0][0]
         rows += [*judge.baselines(version), judge.random_weights(first.info, version)]
         for one in single:
             rows.append(judge.row(one.name, version, [judge.score(judge.features_of(one), version)]))
-        for name, group in groups.items():
-            rows.append(judge.row(name, version, [judge.score(judge.features_of(one), version) for one in group]))
+        for group in groups:
+            rows.append(judge.row(group[0].name, version, [judge.score(judge.features_of(one), version) for one in group]))
     return rows
 
 

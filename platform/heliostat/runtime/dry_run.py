@@ -39,7 +39,7 @@ def _teacher(recipe: Recipe, config: TrainingConfig) -> BackboneConfig | None:
         return recipe.pretrain.student if recipe.pretrain is not None else None
     from heliostat.artifacts import ArtifactRef
 
-    return read_info(Context(recipe, Progress()).artifacts.load(ArtifactRef.parse(config.teacher))).backbone
+    return read_info(Context(recipe, Progress()).load(ArtifactRef.parse(config.teacher))).backbone
 
 
 def training_costs(config: TrainingConfig, teacher: BackboneConfig | None) -> list[str]:

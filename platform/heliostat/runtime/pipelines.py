@@ -1,6 +1,7 @@
 """A stage's frame: reuse or resume its artifact, open a run, work, commit; and the chain of stages of a recipe."""
 
 import contextlib
+import os
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 from heliostat import __version__
 from heliostat.artifacts import Artifact, ArtifactRef, ArtifactStore, Draft
+from heliostat.errors import ArtifactNotFoundError, UsageError
 from heliostat.runtime.progress import Progress
 from heliostat.runtime.recipe import Recipe
 from heliostat.runtime.session import describe_session, open_session
@@ -28,11 +30,21 @@ class Summary:
 
 Work = Callable[[Draft, Run], Summary]
 
+_MADE_BY = {
+    "raw": "ingest",
+    "curated": "curate",
+    "model": "pretrain",
+    "sweep": "sweep",
+    "report": "evaluate",
+    "release": "publish",
+}
+
 
 class Context:
     """What the stages of one recipe share. Ray and the tracker are opened when a stage first needs them."""
 
     def __init__(self, recipe: Recipe, progress: Progress) -> None:
+        _refuse_lost_store(recipe.store)
         self.recipe = recipe
         self.progress = progress
         self.artifacts = ArtifactStore(open_store(recipe.store))
@@ -44,6 +56,16 @@ class Context:
     def tracker(self) -> Tracker:
         """The tracker of the recipe."""
         return open_tracker(self.recipe.tracking, self.artifacts.store)
+
+    def load(self, ref: ArtifactRef) -> Artifact:
+        """An artifact that a stage reads. Raises ArtifactNotFoundError that names the stage which makes it."""
+        found = self.artifacts.find(ref)
+        if found is None:
+            verb = "distill" if ref.kind == "model" and ref.name.endswith("-student") else _MADE_BY[ref.kind]
+            raise ArtifactNotFoundError(
+                f"no artifact {ref} in {self.recipe.store}; `heliostat {verb}` makes it, run that first"
+            )
+        return found
 
     def need_ray(self) -> None:
         """Open the Ray session unless it is open."""
@@ -59,6 +81,14 @@ class Context:
         """Close the Ray session."""
         self._open.close()
         self._has_session = False
+
+
+def _refuse_lost_store(uri: str) -> None:
+    """A Ray job runs in a copy of the working directory that vanishes with it, and a relative store would vanish too."""
+    if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") and "://" not in uri and not os.path.isabs(os.path.expanduser(uri)):
+        raise UsageError(
+            f"store={uri} is relative to the job's temporary directory; give s3://bucket/prefix or an absolute path"
+        )
 
 
 def code_version() -> str:

@@ -6,24 +6,43 @@ from typing import Any
 
 import ray
 
-from heliostat.metrics import METRICS
+from heliostat.metrics import METRICS, Metric
 
 _POLL_SECONDS = 0.5
 
 
-class _Relay:
-    """Keeps events until the driver fetches them; sets one gauge per live metric, labelled by artifact."""
+class Gauges:
+    """One Prometheus gauge per live metric, exported by Ray's agent for as long as this process lives, labelled by artifact."""
 
     def __init__(self) -> None:
-        self._events: list[tuple[str, dict[str, float], int]] = []
         self._gauges: dict[str, Any] = {}
 
-    def push(self, artifact: str, metrics: dict[str, float], step: int) -> None:
-        self._events.append((artifact, metrics, step))
+    def set(self, artifact: str, metrics: Mapping[str, float]) -> None:
+        """Set the live ones among the metrics; the others are for the tracker only."""
         for name, value in metrics.items():
             metric = METRICS.get(name)
             if metric is not None and metric.live:
-                self._gauge(name).set(value, tags={"artifact": artifact})
+                self._gauge(metric).set(value, tags={"artifact": artifact})
+
+    def _gauge(self, metric: Metric) -> Any:
+        if metric.name not in self._gauges:
+            from ray.util.metrics import Gauge
+
+            text = f"{metric.meaning} [{metric.unit}]"
+            self._gauges[metric.name] = Gauge(metric.short_name, description=text, tag_keys=("artifact",))
+        return self._gauges[metric.name]
+
+
+class _Relay:
+    """Keeps events until the driver fetches them, and sets the gauges."""
+
+    def __init__(self) -> None:
+        self._events: list[tuple[str, dict[str, float], int]] = []
+        self._gauges = Gauges()
+
+    def push(self, artifact: str, metrics: dict[str, float], step: int) -> None:
+        self._events.append((artifact, metrics, step))
+        self._gauges.set(artifact, metrics)
 
     def note(self, artifact: str, text: str) -> None:
         self._events.append((text, {}, -1))
@@ -31,16 +50,6 @@ class _Relay:
     def drain(self) -> list[tuple[str, dict[str, float], int]]:
         events, self._events = self._events, []
         return events
-
-    def _gauge(self, name: str) -> Any:
-        if name not in self._gauges:
-            from ray.util.metrics import Gauge
-
-            metric = METRICS[name]
-            self._gauges[name] = Gauge(
-                metric.short_name, description=f"{metric.meaning} [{metric.unit}]", tag_keys=("artifact",)
-            )
-        return self._gauges[name]
 
 
 class Relay:

@@ -31,6 +31,7 @@ from heliostat.errors import DataError
 from heliostat.models.stored import read_backbone
 from heliostat.runtime.pipelines import Context, Summary, config_of, make
 from heliostat.runtime.recipe import CurateStage
+from heliostat.runtime.relay import Gauges
 from heliostat.runtime.shards import map_shards
 from heliostat.runtime.stage_ingest import MANIFEST, TRUTH, rows_key
 from heliostat.storage import Store
@@ -143,14 +144,14 @@ class Embedded:
 
 def run_curate(context: Context, config: CurateStage) -> Artifact:
     """Make the recipe's curated artifact."""
-    raw = context.artifacts.load(ArtifactRef.parse(config.raw) if config.raw else context.recipe.ref("raw"))
+    raw = context.load(ArtifactRef.parse(config.raw) if config.raw else context.recipe.ref("raw"))
     inputs = {"raw": raw}
     if config.curated:
-        inputs["curated"] = context.artifacts.load(ArtifactRef.parse(config.curated))
+        inputs["curated"] = context.load(ArtifactRef.parse(config.curated))
     elif context.recipe.ingest is not None and context.recipe.ingest.curated:
-        inputs["curated"] = context.artifacts.load(context.recipe.ref("raw", "-curated"))
+        inputs["curated"] = context.load(context.recipe.ref("raw", "-curated"))
     if config.embed.embedder != "thumbnail":
-        inputs["embedder"] = context.artifacts.load(ArtifactRef.parse(config.embed.embedder))
+        inputs["embedder"] = context.load(ArtifactRef.parse(config.embed.embedder))
 
     def work(draft: Draft, run: Run) -> Summary:
         context.need_ray()
@@ -168,7 +169,9 @@ def run_curate(context: Context, config: CurateStage) -> Artifact:
         _repack(context, config, draft, raw, kept)
         _write_reports(context, draft, raw, result)
         rows_in = result.funnel[0].rows_in
-        run.log_metrics({"curate/rows_in": float(rows_in), "curate/rows_kept": float(len(kept))}, 0)
+        totals = {"curate/rows_in": float(rows_in), "curate/rows_kept": float(len(kept))}
+        run.log_metrics(totals, 0)
+        Gauges().set(str(draft.ref), totals)
         return Summary({"images": len(kept), "images_in": rows_in})
 
     settings = config_of(config, without=("raw", "curated"))
@@ -196,8 +199,10 @@ def _embed(context: Context, config: CurateStage, draft: Draft, source: Artifact
     )
     has_state = config.embed.embedder != "thumbnail"
     label = f"decoding and embedding {role}"
+    gauges, done = Gauges(), len(shards) - len(tasks)
     for _ in map_shards(function, tasks, label=label, progress=context.progress, has_state=has_state):
-        pass
+        done += 1
+        gauges.set(str(draft.ref), {"curate/shards_done": float(done)})
     tables = [pq.read_table(io.BytesIO(draft.files.read(f"{prefix}{index:06d}.parquet"))) for index in range(len(shards))]
     return _split(manifest, pa.concat_tables(tables), source)
 

@@ -44,7 +44,7 @@ def evaluate(context: Context, config: EvaluateConfig) -> Artifact:
         judge = _judge(inputs, config)
         models = [_candidate(role, inputs[role]) for role in ("model", "student") if role in inputs]
         sweep = inputs.get("sweep")
-        rows = judge_all(judge, models, trial_candidates(sweep) if sweep else {})
+        rows = judge_all(judge, models, trial_candidates(sweep) if sweep else [])
         results = {"rows": rows_as_dicts(rows), "margins": margins(rows)}
         draft.put("results.json", json.dumps(results, indent=1).encode())
         for line in table_lines(rows):
@@ -63,21 +63,21 @@ def evaluate(context: Context, config: EvaluateConfig) -> Artifact:
 
 
 def _inputs(context: Context, config: EvaluateConfig) -> dict[str, Artifact]:
-    recipe, artifacts = context.recipe, context.artifacts
+    recipe = context.recipe
     named = {"labelled": config.labelled, "heldout": config.heldout}
     inputs = {}
     for role, name in named.items():
         ref = ArtifactRef.parse(name) if name else recipe.ref("raw", f"-{role}")
-        inputs[role] = artifacts.load(ref)
+        inputs[role] = context.load(ref)
     if config.pictures or (recipe.ingest is not None and recipe.ingest.pictures):
-        inputs["pictures"] = artifacts.load(
+        inputs["pictures"] = context.load(
             ArtifactRef.parse(config.pictures) if config.pictures else recipe.ref("raw", "-pictures")
         )
-    inputs["model"] = artifacts.load(recipe.ref("model"))
+    inputs["model"] = context.load(recipe.ref("model"))
     for role, ref in (("student", recipe.ref("model", "-student")), ("sweep", recipe.ref("sweep"))):
         wanted = recipe.distill if role == "student" else recipe.sweep
         if wanted is not None:
-            inputs[role] = artifacts.load(ref)
+            inputs[role] = context.load(ref)
     return inputs
 
 
@@ -139,7 +139,7 @@ def _report_inputs(
         if role in inputs
     }
     data_ref = ArtifactRef.parse(model.record.inputs["data"])
-    data = context.artifacts.load(data_ref)
+    data = context.load(data_ref)
     optional = {
         key: data.read_json(key) if data.files.size(key) is not None else None for key in (FUNNEL, COPY_REPORT, STATISTICS)
     }

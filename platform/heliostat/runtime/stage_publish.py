@@ -16,9 +16,9 @@ def publish(context: Context, config: PublishConfig) -> Artifact:
         ref = ArtifactRef.parse(config.model)
     else:
         ref = recipe.ref("model", "-student" if recipe.distill is not None else "")
-    inputs = {"model": context.artifacts.load(ref)}
+    inputs = {"model": context.load(ref)}
     if recipe.evaluate is not None:
-        inputs["report"] = context.artifacts.load(recipe.ref("report"))
+        inputs["report"] = context.load(recipe.ref("report"))
 
     def work(draft: Draft, run: Run) -> Summary:
         model = inputs["model"]

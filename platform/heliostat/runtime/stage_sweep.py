@@ -163,15 +163,17 @@ def read_trials(artifact: Artifact) -> list[dict[str, Any]]:
     return table
 
 
-def trial_candidates(artifact: Artifact) -> dict[str, list[Candidate]]:
+def trial_candidates(artifact: Artifact) -> list[list[Candidate]]:
     """The trials' backbones, grouped by their settings apart from the seed. Raises CheckpointError for damaged ones."""
     groups: dict[str, list[Candidate]] = {}
     for trial in read_trials(artifact):
-        settings = {key: value for key, value in trial["overrides"].items() if key != "train.seed"}
-        words = ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in settings.items())
         backbone, info = read_backbone_files(
             artifact.files.child(f"trials/{trial['name']}"), f"{artifact.ref} trial {trial['name']}"
         )
-        name = f"trials {words}" if words else "trials"
-        groups.setdefault(name, []).append(Candidate(name, info, backbone))
-    return groups
+        settings = {key: value for key, value in trial["overrides"].items() if key != "train.seed"}
+        shown = [
+            f"{key}={value}" for key, value in settings.items() if key != "crops.grayscale_probability"
+        ]  # a column tells it
+        name = f"sweep, {', '.join(shown) or 'all seeds'}"
+        groups.setdefault(json.dumps(settings, sort_keys=True), []).append(Candidate(name, info, backbone))
+    return list(groups.values())

@@ -23,9 +23,9 @@ NOT_IN_FINGERPRINT = ("data", "scaling", "loader", "train.checkpoint_every_steps
 def training_images(context: Context, data: str) -> Artifact:
     """The artifact that a training stage reads: the one named, else the recipe's curated one, else its raw one."""
     if data:
-        return context.artifacts.load(ArtifactRef.parse(data))
+        return context.load(ArtifactRef.parse(data))
     kind = "curated" if context.recipe.curate is not None or context.recipe.ingest is None else "raw"
-    return context.artifacts.load(context.recipe.ref(kind))
+    return context.load(context.recipe.ref(kind))
 
 
 def readable_rows(images: Artifact) -> pa.Table:
@@ -47,7 +47,7 @@ def distill(context: Context, config: DistillConfig) -> Artifact:
     """Train the recipe's student against its model, or against the teacher that is named."""
     images = training_images(context, config.data)
     teacher_ref = ArtifactRef.parse(config.teacher) if config.teacher else context.recipe.ref("model")
-    teacher = context.artifacts.load(teacher_ref)
+    teacher = context.load(teacher_ref)
     return _train(context, config, context.recipe.ref("model", "-student"), stage="distill", images=images, teacher=teacher)
 
 
