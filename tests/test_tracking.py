@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -59,7 +60,9 @@ def history(tracker: Tracker, run_id: str, name: str) -> list[tuple[int, float]]
 def test_auto_is_a_database_beside_the_artifacts_of_a_local_store(tracker: Tracker, folder: Path) -> None:
     assert tracker.uri == f"sqlite:///{folder}/mlflow.db"
     assert (folder / "mlflow.db").is_file()
-    assert ui_command(tracker.uri) == f"mlflow ui --backend-store-uri sqlite:///{folder}/mlflow.db --port 5000"
+    words = ui_command(tracker.uri).split()
+    assert words[1:] == ["ui", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--port", "5000"]
+    assert shutil.which(words[0])
 
 
 def test_parameters_metrics_and_tags_read_back(tracker: Tracker) -> None:

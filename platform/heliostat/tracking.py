@@ -4,8 +4,11 @@ A `Tracker` opens runs; a `Run` receives metrics, files and tags. `NullTracker` 
 database: the driver opens the run and hands its id on, and the workers `attach` to it.
 """
 
+import logging
 import os
 import re
+import shutil
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -102,6 +105,8 @@ def _client(uri: str) -> Any:
         warnings.simplefilter("ignore")
         import mlflow
 
+        for name in ("mlflow.store.db.utils", "alembic"):  # they tell of every table they create
+            logging.getLogger(name).setLevel(logging.WARNING)
         return mlflow.MlflowClient(tracking_uri=uri)
 
 
@@ -193,7 +198,7 @@ def _one_line(uri: str) -> Iterator[None]:
         no_answer = re.search(r"Max retries exceeded.*Caused by (\w+)", text)
         reason = f"no answer ({no_answer[1]})" if no_answer else text[:300]
         message = f"MLflow at {uri} failed: {reason}; set tracking.uri to a working store, or to none"
-        raise TrackingError(re.sub(r"//[^/@\s]+@", "//***@", message)) from error  # a URI may hold a password
+        raise TrackingError(_without_password(message)) from error
 
 
 @contextmanager
@@ -207,6 +212,11 @@ def _short_patience() -> Iterator[None]:
     finally:
         for name in added:
             del os.environ[name]
+
+
+def _without_password(text: str) -> str:
+    """Text whose URIs show no user and password."""
+    return re.sub(r"//[^/@\s]+@", "//***@", text)
 
 
 def open_tracker(config: TrackingConfig, store: Store) -> Tracker:
@@ -236,4 +246,8 @@ def ui_command(uri: str) -> str:
     """The command that opens the MLflow UI on what a tracker recorded."""
     if not uri:
         return "(tracking is off)"
-    return f"mlflow ui --backend-store-uri {uri} --port 5000" if uri.startswith("sqlite") else f"open {uri}"
+    if not uri.startswith("sqlite"):
+        return f"open {_without_password(uri)}"
+    script = Path(sys.executable).with_name("mlflow")
+    name = "mlflow" if shutil.which("mlflow") == str(script) else os.path.relpath(script)
+    return f"{name} ui --backend-store-uri {uri} --port 5000"

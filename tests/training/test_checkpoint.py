@@ -169,7 +169,7 @@ def test_a_manifest_under_the_name_of_another_step_is_passed_over(tmp_path: Path
         store.put(folder(9) + name, store.read(folder(4) + name))
     said: list[str] = []
     assert equal(newest_checkpoint(store, said.append), 8)
-    assert "step 9" in said[0]
+    assert "step-00000009" in said[0]
 
 
 def test_when_every_checkpoint_is_damaged_the_run_starts_again_and_says_so(tmp_path: Path) -> None:

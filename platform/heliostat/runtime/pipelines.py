@@ -22,7 +22,7 @@ from heliostat.tracking import Run, Tracker, open_tracker
 
 @dataclass(frozen=True)
 class Summary:
-    """What a stage says about its artifact."""
+    """What a stage says about its artifact. The stage itself logs metrics to its run."""
 
     counts: Mapping[str, int]
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -130,7 +130,6 @@ def make(
     status = "FAILED"
     try:
         summary = work(found, run)
-        run.log_metrics({name: float(value) for name, value in summary.metrics.items()}, 0)
         artifact = found.commit(counts=summary.counts, metrics=summary.metrics, code_version=code_version())
         status = "FINISHED"
     except KeyboardInterrupt:

@@ -56,7 +56,9 @@ def evaluate(context: Context, config: EvaluateConfig) -> Artifact:
         draft.put("report.html", page.encode())
         best = next(row for row in rows if row.name == models[0].name)
         counts = {"rows": len(rows), "heldout_images": len(judge.heldout.images)}
-        return Summary(counts, {"evaluate/knn_accuracy": best.knn, "evaluate/linear_accuracy": best.linear})
+        scores = {"evaluate/knn_accuracy": best.knn, "evaluate/linear_accuracy": best.linear}
+        run.log_metrics(scores, 0)
+        return Summary(counts, scores)
 
     settings = config_of(config, without=("labelled", "heldout", "pictures"))
     return make(context, context.recipe.ref("report"), stage="evaluate", config=settings, inputs=inputs, work=work)

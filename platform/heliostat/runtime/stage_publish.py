@@ -36,6 +36,7 @@ def publish(context: Context, config: PublishConfig) -> Artifact:
         )
         draft.put("README.md", card.encode())
         context.progress.say(f"          parity with the model: largest difference {difference:g}")
+        run.log_metrics({"publish/largest_difference": difference}, 0)
         return Summary({"files": len(files) + 1}, {"publish/largest_difference": difference})
 
     settings = config_of(config, without=("model",))

@@ -20,6 +20,7 @@ from heliostat.errors import ConfigError, TrainingError
 from heliostat.evaluation.judge import Candidate
 from heliostat.models.stored import read_backbone_files
 from heliostat.runtime.config import SweepConfig
+from heliostat.runtime.interrupt import run_interruptible
 from heliostat.runtime.pipelines import Context, Summary, config_of, make
 from heliostat.runtime.progress import bar
 from heliostat.runtime.relay import Relay, Watcher
@@ -106,7 +107,8 @@ def _run_trials(context: Context, config: SweepConfig, trials: Sequence[Trial], 
         context.progress.update(f"{len(trials)} trials {bar(done, total)} step {done}/{total}", final=done == total)
 
     resources = {"cpu": config.cpus_per_trial} | ({"gpu": config.gpus_per_trial} if config.gpus_per_trial else {})
-    with Watcher(Relay(), show) as relay, tempfile.TemporaryDirectory(prefix="heliostat-sweep-") as folder:
+    storage = tempfile.TemporaryDirectory(prefix="heliostat-sweep-", ignore_cleanup_errors=True)
+    with Watcher(Relay(), show) as relay, storage as folder:
         shared = _Shared({trial.name: trial for trial in trials}, context.tracker, parent_run, relay, config.report_every_steps)
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(_run_trial, shared=shared), resources),
@@ -114,7 +116,7 @@ def _run_trials(context: Context, config: SweepConfig, trials: Sequence[Trial], 
             tune_config=tune.TuneConfig(max_concurrent_trials=config.max_concurrent_trials),
             run_config=tune.RunConfig(name="sweep", storage_path=folder, verbose=0),
         )
-        results = tuner.fit()
+        results = run_interruptible(tuner.fit)
     if results.errors:
         text = str(results.errors[0]).strip().splitlines()
         raise TrainingError(f"{len(results.errors)} of {len(trials)} trials failed, first: {text[-1] if text else 'unknown'}")

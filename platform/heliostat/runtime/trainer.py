@@ -14,7 +14,8 @@ import ray
 import torch
 
 from heliostat.artifacts import Draft
-from heliostat.errors import HeliostatError, TrainingError
+from heliostat.errors import HeliostatError, NonFiniteLossError, TrainingError, UsageError
+from heliostat.runtime.interrupt import run_interruptible
 from heliostat.runtime.progress import Progress, training_line
 from heliostat.runtime.relay import Relay, Watcher
 from heliostat.storage import Store
@@ -81,7 +82,7 @@ def _fit(request: TrainingRequest, relay: Relay) -> dict[str, Any]:
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(scaling.start_timeout_seconds)
     resources = {"CPU": scaling.cpus_per_worker} | ({"GPU": 1.0} if scaling.use_gpu else {})
     _check_resources(resources, scaling.num_workers)
-    with tempfile.TemporaryDirectory(prefix="heliostat-train-") as folder:
+    with tempfile.TemporaryDirectory(prefix="heliostat-train-", ignore_cleanup_errors=True) as folder:
         trainer = TorchTrainer(
             _worker,
             train_loop_config={"request": ray.put(request), "relay": relay},
@@ -99,7 +100,7 @@ def _fit(request: TrainingRequest, relay: Relay) -> dict[str, Any]:
             ),
         )
         try:
-            result = trainer.fit()
+            result = run_interruptible(trainer.fit)
         except ray.train.TrainingFailedError as error:
             raise _readable(error) from error
     summary: dict[str, Any] = result.return_value or {}
@@ -131,7 +132,11 @@ def _readable(error: BaseException) -> HeliostatError:
 
 
 def _worker(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Runs in every training process. An error of the user's making is returned, since restarting would not mend it."""
+    """Runs in every training process.
+
+    An error that all ranks meet alike is returned, since restarting would not mend it. Any other one is raised: the ranks that
+    did not meet it wait in a collective, and only the end of the whole group frees them.
+    """
     context = ray.train.get_context()
     request: TrainingRequest = ray.get(parameters["request"])
     relay: Relay = parameters["relay"]
@@ -154,4 +159,6 @@ def _worker(parameters: dict[str, Any]) -> dict[str, Any]:
     try:
         return run_training(request.job, World(rank, size, device), report, notify)
     except HeliostatError as error:
+        if size > 1 and not isinstance(error, UsageError | NonFiniteLossError):
+            raise
         return {"error": str(error)}

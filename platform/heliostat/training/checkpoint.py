@@ -3,25 +3,28 @@
     _work/checkpoints/step-00000100/model.safetensors      weights of student and teacher
     _work/checkpoints/step-00000100/optimizer.safetensors  AdamW moments
     _work/checkpoints/step-00000100/history.jsonl          metric records since the checkpoint before
-    _work/checkpoints/step-00000100/checkpoint.json        hashes and state, written last
+    _work/checkpoints/step-00000100/checkpoint.json        hashes and state, itself hashed, written last
 
 No random state is stored: every draw of a step is a function of (seed, step, rank).
 """
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from heliostat.artifacts import WORK, describe
+from heliostat.config import canonical_json
 from heliostat.errors import CheckpointError, StorageError
 from heliostat.models.stored import tensors_from_bytes, tensors_to_bytes
 from heliostat.storage import Store
 
 FOLDER = f"{WORK}checkpoints/"
 _MANIFEST = "checkpoint.json"
+_MANIFEST_KEY = re.compile(rf"{FOLDER}step-(\d{{8,}})/{_MANIFEST}")
 
 
 @dataclass(frozen=True)
@@ -53,34 +56,40 @@ def write_checkpoint(files: Store, checkpoint: Checkpoint, history: list[dict[st
         "state": checkpoint.state,
         "files": {name: describe(data).model_dump() for name, data in content.items()},
     }
-    files.put(folder + _MANIFEST, json.dumps(manifest, indent=1).encode())
+    files.put(folder + _MANIFEST, json.dumps({**manifest, "sha256": _seal(manifest)}, indent=1).encode())
     for step in complete_steps(files)[:-keep]:
         for name in (_MANIFEST, "model.safetensors", "optimizer.safetensors"):
             files.delete(_folder(step) + name)
 
 
+def _seal(manifest: Mapping[str, Any]) -> str:
+    return describe(canonical_json(manifest).encode()).sha256
+
+
 def complete_steps(files: Store) -> list[int]:
     """Steps that have a manifest, rising."""
-    keys = [entry.key for entry in files.list(FOLDER) if entry.key.endswith(f"/{_MANIFEST}")]
-    return sorted(int(key.split("/")[-2].removeprefix("step-")) for key in keys)
+    matches = (_MANIFEST_KEY.fullmatch(entry.key) for entry in files.list(FOLDER))
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def _read(files: Store, step: int) -> Checkpoint:
     folder = _folder(step)
     try:
         manifest = json.loads(files.read(folder + _MANIFEST))
+        if manifest.pop("sha256") != _seal(manifest) or manifest["step"] != step:
+            raise CheckpointError(f"{folder}{_MANIFEST} does not match its own sha256")
         content = {}
         for name, expected in manifest["files"].items():
             content[name] = files.read(folder + name)
             if describe(content[name]).model_dump() != expected:
                 raise CheckpointError(f"{folder}{name} does not match its recorded sha256")
         return Checkpoint(
-            int(manifest["step"]),
+            step,
             tensors_from_bytes(content["model.safetensors"], folder + "model.safetensors"),
             tensors_from_bytes(content["optimizer.safetensors"], folder + "optimizer.safetensors"),
             manifest["state"],
         )
-    except (StorageError, ValueError, KeyError, TypeError) as error:
+    except (StorageError, ValueError, KeyError, TypeError, AttributeError) as error:  # a manifest may be any JSON
         raise CheckpointError(f"checkpoint of step {step} cannot be read: {error}") from error
 
 
@@ -95,12 +104,16 @@ def newest_checkpoint(files: Store, notify: Callable[[str], None]) -> Checkpoint
 
 
 def read_history(files: Store, up_to_step: int) -> list[dict[str, float]]:
-    """All metric records of the run up to a step, in order, from the pieces beside the checkpoints."""
+    """All metric records of the run up to a step, in order, from the pieces beside the checkpoints. Raises CheckpointError."""
     rows: dict[int, dict[str, float]] = {}
     for entry in files.list(FOLDER):
-        if entry.key.endswith("/history.jsonl"):
-            for line in files.read(entry.key).decode().splitlines():
-                row = json.loads(line)
-                if row["step"] <= up_to_step:
-                    rows[int(row["step"])] = row
+        if not entry.key.endswith("/history.jsonl"):
+            continue
+        try:
+            found = [json.loads(line) for line in files.read(entry.key).decode().splitlines()]
+            rows |= {int(row["step"]): row for row in found if row["step"] <= up_to_step}
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{files.uri}/{entry.key} is damaged ({error}); remove it, the curves will lack these steps"
+            ) from error
     return [rows[step] for step in sorted(rows)]

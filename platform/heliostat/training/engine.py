@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from heliostat.errors import CheckpointError
+
 
 @dataclass(frozen=True)
 class World:
@@ -38,7 +40,10 @@ class Engine(Protocol):
         """Accumulate the gradients of a scalar."""
 
     def clip_and_step(self) -> dict[str, float]:
-        """Average over ranks, clip each sub-module, step; returns the norms before clipping by sub-module."""
+        """Average over ranks, clip each sub-module, step; returns the norms before clipping by sub-module.
+
+        A norm that is not finite (it is the same on every rank) means that no step was made and the gradients are dropped.
+        """
 
     def discard(self) -> None:
         """Drop the gradients: nothing of this step remains."""
@@ -84,7 +89,8 @@ class TorchEngine:
         for name, module in self._submodules.items():
             limit = self._clip_grad or math.inf
             norms[name] = float(nn.utils.clip_grad_norm_(module.parameters(), limit))
-        self._optimizer.step()
+        if all(math.isfinite(norm) for norm in norms.values()):
+            self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return norms
 
@@ -132,3 +138,14 @@ def all_finite(values: Mapping[str, Tensor], world: World) -> list[str]:
     if world.size > 1:
         dist.all_reduce(bad, op=dist.ReduceOp.MAX)
     return [name for name, flag in zip(names, bad.tolist(), strict=True) if flag]
+
+
+def refuse_different_steps(step: int, world: World) -> None:
+    """Raise CheckpointError on every rank unless all of them go on from the same step (one may have failed to read a file)."""
+    if world.size == 1:
+        return
+    lowest_highest = torch.tensor([-step, step], device=world.device)
+    dist.all_reduce(lowest_highest, op=dist.ReduceOp.MAX)
+    lowest, highest = -int(lowest_highest[0]), int(lowest_highest[1])
+    if lowest != highest:
+        raise CheckpointError(f"ranks found different newest checkpoints, steps {lowest} and {highest}; run the command again")

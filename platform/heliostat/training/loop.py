@@ -4,6 +4,7 @@ Everything random in a step is a function of (seed, step, rank), so a run that g
 uninterrupted run would have computed.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -20,7 +21,7 @@ from heliostat.models.weights import load_state
 from heliostat.storage import Store
 from heliostat.training.checkpoint import Checkpoint, newest_checkpoint, read_history, write_checkpoint
 from heliostat.training.distillation import Distillation
-from heliostat.training.engine import Engine, World, all_finite
+from heliostat.training.engine import Engine, World, all_finite, refuse_different_steps
 from heliostat.training.method import SelfDistillation
 from heliostat.training.param_groups import apply_step_values
 from heliostat.training.recipe import TrainingConfig
@@ -69,18 +70,19 @@ def fit(trainer: Trainer) -> list[dict[str, float]]:
     Raises NonFiniteLossError when the loss stays NaN or infinite; what the loader raises goes through.
     """
     state = _restore(trainer)
-    total = trainer.config.train.steps
-    with closing(trainer.loader.iterate(state.step, total - state.step)) as batches:
+    first, total = state.step, trainer.config.train.steps
+    with closing(trainer.loader.iterate(first, total - first)) as batches:
         for batch in batches:
             one_step(trainer, state, batch)
             if state.step % trainer.config.train.checkpoint_every_steps == 0 and state.step < total:
                 _save(trainer, state)
-    _save(trainer, state)
+    if first < total:  # the last checkpoint of a run that only lacks its files holds the end of the history: leave it
+        _save(trainer, state)
     return read_history(trainer.files, total) if trainer.world.is_main else []
 
 
 def one_step(trainer: Trainer, state: LoopState, batch: Batch) -> None:
-    """Forward, backward, optimizer and teacher for one batch; a step whose loss is not finite is skipped."""
+    """Forward, backward, optimizer and teacher for one batch; a step whose loss or gradient is not finite is skipped."""
     config, world = trainer.config, trainer.world
     values = _values(trainer, state.step)
     apply_step_values(trainer.optimizer.param_groups, values)
@@ -89,11 +91,13 @@ def one_step(trainer: Trainer, state: LoopState, batch: Batch) -> None:
     losses, total = _forward(trainer, batch, values)
     bad = all_finite({**losses, "total": total}, world)
     norms: dict[str, float] = {}
+    if not bad:
+        trainer.engine.backward(total)
+        norms = trainer.engine.clip_and_step()
+        bad = [f"gradient of {name}" for name, norm in norms.items() if not math.isfinite(norm)]
     if bad:
         _skip(trainer, state, bad)
     else:
-        trainer.engine.backward(total)
-        norms = trainer.engine.clip_and_step()
         trainer.method.update_teacher(values.momentum)
         state.skipped_in_a_row = 0
     state.step += 1
@@ -179,6 +183,7 @@ def _save(trainer: Trainer, state: LoopState) -> None:
 
 def _restore(trainer: Trainer) -> LoopState:
     checkpoint = newest_checkpoint(trainer.files, trainer.notify)
+    refuse_different_steps(checkpoint.step if checkpoint else 0, trainer.world)
     if checkpoint is None:
         return LoopState()
     load_state(trainer.method, checkpoint.model, f"checkpoint of step {checkpoint.step}")

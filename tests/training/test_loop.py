@@ -1,0 +1,242 @@
+"""A run that was stopped anywhere ends as the uninterrupted one, bit for bit; a loss that is not finite changes nothing."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_training import Log, Stop, StopAfter, final_files, job, settings, shard, state_bytes, train, trainer
+
+from heliostat.errors import CheckpointError, NonFiniteLossError
+from heliostat.storage import LocalStore
+from heliostat.training.checkpoint import complete_steps
+from heliostat.training.loop import LoopState, fit, one_step, seed_step
+
+CENTERINGS = ["centering", "sinkhorn_knopp"]
+
+
+@pytest.fixture(scope="module")
+def tar() -> bytes:
+    return shard()
+
+
+@pytest.fixture(scope="module", params=CENTERINGS)
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tar: bytes) -> tuple[Path, str]:
+    """An uninterrupted run of eight steps, and its centering."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(job(folder, settings(f"method.centering={request.param}"), tar))
+    return folder, f"method.centering={request.param}"
+
+
+@pytest.mark.parametrize("stop", [2, 4, 6, 8])
+def test_a_stopped_run_resumes_to_the_same_files(whole: tuple[Path, str], tmp_path: Path, tar: bytes, stop: int) -> None:
+    before, centering = whole
+    work = job(tmp_path, settings(centering), tar)
+    with pytest.raises(Stop):
+        train(work, StopAfter(step=stop))
+    assert complete_steps(work.files) == [step for step in (2, 4, 6) if step < stop][-2:]
+    log = Log()
+    train(work, log)
+    assert log.said == ([f"resuming at step {stop - 2} of 8"] if stop > 2 else [])
+    assert [step for step, _ in log.metrics] == list(range(stop, 9, 2))
+    assert final_files(tmp_path) == final_files(before)
+
+
+def test_a_run_stopped_many_times_ends_the_same(whole: tuple[Path, str], tmp_path: Path, tar: bytes) -> None:
+    before, centering = whole
+    for stop in (2, 4, 4, 6, 8):
+        with pytest.raises(Stop):
+            train(job(tmp_path, settings(centering), tar), StopAfter(step=stop))
+    train(job(tmp_path, settings(centering), tar))
+    assert final_files(tmp_path) == final_files(before)
+
+
+def test_how_often_checkpoints_are_written_and_loader_threads_do_not_change_the_result(whole, tmp_path: Path, tar) -> None:
+    before, centering = whole
+    train(job(tmp_path, settings(centering, "train.checkpoint_every_steps=5", "loader.workers=2"), tar))
+    assert final_files(tmp_path) == final_files(before)
+
+
+def test_a_run_that_finished_training_but_not_its_files_only_writes_them(whole, tmp_path: Path, tar: bytes) -> None:
+    before, centering = whole
+    work = job(tmp_path, settings(centering), tar)
+    fit(trainer(work))
+    log = Log()
+    train(work, log)
+    assert log.said == ["resuming at step 8 of 8"]
+    assert log.metrics == []
+    assert final_files(tmp_path) == final_files(before)
+
+
+def test_a_damaged_newest_checkpoint_costs_steps_and_not_the_result(whole, tmp_path: Path, tar: bytes) -> None:
+    before, centering = whole
+    work = job(tmp_path, settings(centering), tar)
+    with pytest.raises(Stop):
+        train(work, StopAfter(step=8))
+    key = "_work/checkpoints/step-00000006/optimizer.safetensors"
+    work.files.put(key, work.files.read(key)[:-7])
+    log = Log()
+    train(work, log)
+    assert "passing over a damaged checkpoint" in log.said[0]
+    assert log.said[1] == "resuming at step 4 of 8"
+    assert final_files(tmp_path) == final_files(before)
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path, tar: bytes) -> None:
+    with pytest.raises(Stop):
+        train(job(tmp_path, settings(), tar), StopAfter(step=4))
+    with pytest.raises(CheckpointError, match="checkpoint of step 2"):
+        train(job(tmp_path, settings("student.depth=3"), tar))
+
+
+def test_another_seed_gives_other_weights(whole: tuple[Path, str], tmp_path: Path, tar: bytes) -> None:
+    before, centering = whole
+    train(job(tmp_path, settings(centering, "train.seed=1"), tar))
+    assert final_files(tmp_path)["backbone.safetensors"] != final_files(before)["backbone.safetensors"]
+
+
+def poison(method: torch.nn.Module, *, batches: int) -> None:
+    """Make the next `batches` student forwards return NaN in one logit, as an overflow would."""
+    left = [batches]
+
+    def hook(module: torch.nn.Module, arguments: object, output: torch.Tensor) -> torch.Tensor | None:
+        if left[0] == 0:
+            return None
+        left[0] -= 1
+        return output.masked_fill(torch.arange(output.numel()).view_as(output) == 0, torch.nan)
+
+    method.student.dino_head.register_forward_hook(hook)
+
+
+@pytest.mark.parametrize("centering", CENTERINGS)
+def test_a_loss_that_is_not_finite_leaves_weights_moments_centres_and_teacher_alone(tmp_path, tar, centering) -> None:
+    log = Log()
+    made = trainer(job(tmp_path, settings(f"method.centering={centering}"), tar), log)
+    state = LoopState()
+    for step in range(2):
+        one_step(made, state, made.loader.batch(step))
+    weights, moments = state_bytes(made.method), copy.deepcopy(made.engine.optimizer_tensors())
+    poison(made.method, batches=1)
+    one_step(made, state, made.loader.batch(2))
+    assert state_bytes(made.method) == weights
+    assert {name: value.tolist() for name, value in made.engine.optimizer_tensors().items()} == {
+        name: value.tolist() for name, value in moments.items()
+    }
+    assert (state.step, state.skipped_steps, state.skipped_in_a_row) == (3, 1, 1)
+    assert "step 2: not finite: dino_" in log.said[0]
+    assert log.said[0].endswith("the step is skipped, student and teacher are untouched")
+    one_step(made, state, made.loader.batch(3))
+    assert state_bytes(made.method) != weights
+    assert (state.skipped_steps, state.skipped_in_a_row) == (1, 0)
+    assert log.metrics[-1][1]["train/skipped_steps"] == 1
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_too(tmp_path: Path, tar: bytes) -> None:
+    log = Log()
+    made = trainer(job(tmp_path, settings(), tar), log)
+    state = LoopState()
+    one_step(made, state, made.loader.batch(0))
+    weights = state_bytes(made.method)
+    handle = made.method.student.backbone.cls_token.register_hook(lambda gradient: gradient * torch.inf)
+    one_step(made, state, made.loader.batch(1))
+    handle.remove()
+    assert state_bytes(made.method) == weights
+    assert state.skipped_steps == 1
+    assert "step 1: not finite: gradient of backbone" in log.said[0]
+    one_step(made, state, made.loader.batch(2))
+    assert state_bytes(made.method) != weights
+    assert all(value.isfinite().all() for value in made.method.state_dict().values())
+
+
+def test_losses_that_stay_not_finite_abort_the_run_after_the_limit(tmp_path: Path, tar: bytes) -> None:
+    log = Log()
+    made = trainer(job(tmp_path, settings("train.max_nonfinite_steps=2"), tar), log)
+    poison(made.method, batches=100)
+    with pytest.raises(NonFiniteLossError, match=r"step 2: not finite: .*; 3 steps in a row, train\.max_nonfinite_steps is 2"):
+        fit(made)
+    assert len(log.said) == 2
+    assert [entry.key for entry in LocalStore(tmp_path).list() if entry.key.endswith("backbone.safetensors")] == []
+
+
+def test_skipped_steps_are_counted_across_a_resume(tmp_path: Path, tar: bytes) -> None:
+    work = job(tmp_path, settings(), tar)
+    first = StopAfter(step=4)
+    made = trainer(work, first)
+    poison(made.method, batches=1)
+    with pytest.raises(Stop):
+        fit(made)
+    log = Log()
+    train(work, log)
+    assert log.metrics[-1][1]["train/skipped_steps"] == 1
+
+
+def test_broken_images_are_counted_and_replaced(tmp_path: Path) -> None:
+    log = Log()
+    summary = train(job(tmp_path, settings(), shard(broken=3)), log)
+    assert summary["decode_failures"] > 0
+    assert log.metrics[-1][1]["train/decode_failures"] == summary["decode_failures"]
+
+
+def test_every_step_and_rank_draws_its_own_random_numbers() -> None:
+    drawn = set()
+    for seed in range(3):
+        for step in range(5):
+            for rank in range(4):
+                seed_step(seed, step, rank)
+                drawn.add(float(torch.rand(())))
+    assert len(drawn) == 3 * 5 * 4
+
+
+RANK = """
+import sys
+from pathlib import Path
+import torch, torch.distributed as dist
+from tiny_training import Log, StopAfter, Stop, job, settings, shard, state_bytes, trainer
+from heliostat.training.engine import World
+from heliostat.training.loop import fit
+from heliostat.training.run import build_trainer, run_training
+
+rank, folder, stop = int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous-{stop}", rank=rank, world_size=2)
+log = StopAfter(step=stop) if stop else Log()
+work = job(folder / "run", settings("method.centering=centering", "scaling.num_workers=2"), shard())
+made = build_trainer(work, World(rank, 2), log.report, log.said.append)
+try:
+    fit(made)
+    dist.barrier()
+    run_training(work, World(rank, 2), log.report, log.said.append)
+except Stop:
+    pass
+torch.save(state_bytes(made.method), folder / f"{stop}-{rank}.pt")
+if not stop:
+    dist.barrier()
+    dist.destroy_process_group()
+"""
+
+
+def run_ranks(folder: Path, stop: int) -> None:
+    fixtures = str(Path(__file__).parents[1] / "fixtures")
+    code = f"import sys; sys.path.insert(0, {fixtures!r})\n{RANK}"
+    ranks = [subprocess.Popen([sys.executable, "-c", code, str(rank), str(folder), str(stop)]) for rank in range(2)]
+    try:
+        codes = [rank.wait(timeout=120) for rank in ranks[: 1 if stop else 2]]
+        assert codes == [0] * len(codes)
+    finally:
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.kill()
+            rank.wait()
+
+
+def test_two_ranks_stay_identical_and_resume_to_the_same_files(tmp_path: Path) -> None:
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+    run_ranks(tmp_path / "whole", 0)
+    first, second = (torch.load(tmp_path / f"whole/0-{rank}.pt", weights_only=True) for rank in range(2))
+    assert first == second
+    run_ranks(tmp_path / "stopped", 4)  # the main rank dies with the record of step 4, the other one is killed
+    assert complete_steps(LocalStore(tmp_path / "stopped/run")) == [2]
+    run_ranks(tmp_path / "stopped", 0)
+    assert final_files(tmp_path / "stopped/run") == final_files(tmp_path / "whole/run")
