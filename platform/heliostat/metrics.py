@@ -28,13 +28,11 @@ class Metric:
 
 
 _TABLE = (
-    Metric("train/loss", "nats", "sum of the backpropagated loss terms", live=True),
-    Metric("train/dino_global", "nats", "DINO cross-entropy between the two global crops, as weighted in the sum", live=True),
-    Metric(
-        "train/dino_local", "nats", "DINO cross-entropy of local crops against global ones, as weighted in the sum", live=True
-    ),
-    Metric("train/ibot", "nats", "masked patch cross-entropy, as weighted in the sum", live=True),
-    Metric("train/koleo", "nats", "KoLeo entropy estimator, as weighted in the sum", live=True),
+    Metric("train/loss", "nats", "sum of the logged loss terms (DINOv2's convention: ibot and koleo count half)", live=True),
+    Metric("train/dino_global", "nats", "DINO cross-entropy between the two global crops", live=True),
+    Metric("train/dino_local", "nats", "DINO cross-entropy of local crops against global ones", live=True),
+    Metric("train/ibot", "nats", "half of the masked patch cross-entropy", live=True),
+    Metric("train/koleo", "nats", "half of the KoLeo term times its weight", live=True),
     Metric("train/lr", "1", "learning rate of the backbone before per-group multipliers", live=True),
     Metric("train/weight_decay", "1", "weight decay of the decayed groups"),
     Metric("train/teacher_momentum", "1", "EMA momentum of the teacher"),
@@ -45,12 +43,17 @@ _TABLE = (
     Metric("train/skipped_steps", "steps", "steps skipped because a loss was not finite", live=True),
     Metric("train/step", "steps", "optimizer steps done", live=True),
     Metric("train/decode_failures", "images", "images that could not be decoded while training", live=True),
-    Metric("train/feature_std", "1", "mean standard deviation of L2-normalised teacher cls tokens, times sqrt(width)"),
+    Metric(
+        "train/feature_std",
+        "1",
+        "standard deviation of L2-normalised student cls tokens times sqrt(width): 1 spread out, 0 collapsed",
+    ),
     Metric("train/teacher_entropy", "nats", "mean entropy of the teacher's targets"),
     Metric("curate/rows_in", "images", "images that entered curation", live=True),
     Metric("curate/rows_kept", "images", "images in the curated set", live=True),
     Metric("curate/shards_done", "shards", "shards whose embeddings are complete", live=True),
     Metric("evaluate/knn_accuracy", "1", "weighted k-NN top-1 accuracy on held-out images"),
+    Metric("publish/largest_difference", "1", "largest difference between the published file's features and the model's"),
     Metric("evaluate/linear_accuracy", "1", "linear probe top-1 accuracy on held-out images"),
 )
 

@@ -1,5 +1,6 @@
 """`make`: an artifact is made once, taken up again after a failure, and refused under changed settings."""
 
+import io
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,15 @@ REF = ArtifactRef("raw", "numbers", "1")
 
 
 @pytest.fixture
-def context(tmp_path: Path) -> Context:
+def stream() -> io.StringIO:
+    """What a person sees."""
+    return io.StringIO()
+
+
+@pytest.fixture
+def context(tmp_path: Path, stream: io.StringIO) -> Context:
     recipe = Recipe.model_validate({"name": "numbers", "store": str(tmp_path / "store"), "tracking": {"uri": "none"}})
-    return Context(recipe, Progress())
+    return Context(recipe, Progress(stream))
 
 
 class Counting:
@@ -44,7 +51,7 @@ def run(context: Context, work, inputs: dict[str, Artifact] | None = None, **con
     return make(context, REF, stage="ingest", config=config, inputs=inputs or {}, work=work)
 
 
-def test_an_artifact_is_made_once_and_then_reused(context: Context, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_artifact_is_made_once_and_then_reused(context: Context, stream: io.StringIO) -> None:
     first, second = Counting(), Counting()
     made = run(context, first, size=1)
     assert run(context, second, size=1).record == made.record
@@ -53,12 +60,12 @@ def test_an_artifact_is_made_once_and_then_reused(context: Context, capsys: pyte
     assert made.record.metrics == {"mean": 1.5}
     assert sorted(made.record.files) == ["0.bin", "1.bin", "2.bin"]
     assert not [entry.key for entry in made.files.list() if "_work" in entry.key]
-    output = capsys.readouterr().out.splitlines()
+    output = stream.getvalue().splitlines()
     assert output[0] == "ingest    raw/numbers@1"
     assert output[2] == f"ingest    raw/numbers@1: reused, made {made.record.created}"
 
 
-def test_a_failed_stage_leaves_no_artifact_and_the_next_run_does_only_the_rest(context, capsys) -> None:
+def test_a_failed_stage_leaves_no_artifact_and_the_next_run_does_only_the_rest(context: Context, stream: io.StringIO) -> None:
     with pytest.raises(DataError, match="shard 2 is damaged"):
         run(context, Counting(fail_at=2), size=1)
     assert context.artifacts.find(REF) is None
@@ -66,7 +73,7 @@ def test_a_failed_stage_leaves_no_artifact_and_the_next_run_does_only_the_rest(c
     made = run(context, again, size=1)
     assert again.written == 1
     assert sorted(made.record.files) == ["0.bin", "1.bin", "2.bin"]
-    assert "raw/numbers@1: resuming" in capsys.readouterr().out
+    assert "raw/numbers@1: resuming" in stream.getvalue()
 
 
 def test_an_interrupt_is_a_failure_of_the_same_kind(context: Context) -> None:
@@ -79,13 +86,13 @@ def test_an_interrupt_is_a_failure_of_the_same_kind(context: Context) -> None:
     assert run(context, Counting(), size=1).record.counts == {"shards": 3}
 
 
-def test_an_unfinished_run_with_other_settings_is_discarded_aloud(context, capsys) -> None:
+def test_an_unfinished_run_with_other_settings_is_discarded_aloud(context: Context, stream: io.StringIO) -> None:
     with pytest.raises(DataError):
         run(context, Counting(fail_at=1), size=1)
     other = Counting()
     run(context, other, size=2)
     assert other.written == 3
-    assert "files of an unfinished run with other settings" in capsys.readouterr().out
+    assert "files of an unfinished run with other settings" in stream.getvalue()
 
 
 def test_changed_settings_under_a_finished_version_are_refused_before_any_work(context: Context) -> None:
@@ -130,7 +137,9 @@ def test_hosts_paths_and_speed_are_not_in_the_fingerprint(override: str) -> None
     assert config_of(plain, without=NOT_IN_FINGERPRINT) == config_of(changed, without=NOT_IN_FINGERPRINT)
 
 
-@pytest.mark.parametrize("override", ["train.steps=7", "train.seed=1", "train.global_batch_size=32", "decode.min_side_pixels=9"])
+@pytest.mark.parametrize(
+    "override", ["train.steps=7", "train.seed=1", "train.global_batch_size=32", "decode.min_side_pixels=9"]
+)
 def test_what_changes_the_weights_is_in_the_fingerprint(override: str) -> None:
     plain, changed = (read_recipe("demo", words, "pretrain").pretrain for words in ((), (override,)))
     assert config_of(plain, without=NOT_IN_FINGERPRINT) != config_of(changed, without=NOT_IN_FINGERPRINT)

@@ -17,10 +17,12 @@ from heliostat.config import apply_overrides, validate
 from heliostat.data.decode import ImageRejected, probe
 from heliostat.data.ingest import Source, open_source
 from heliostat.errors import DataError, UsageError
+from heliostat.models.flops import training_flops_per_image
 from heliostat.runtime.recipe import Recipe, scope_overrides
+from heliostat.training.recipe import TrainingConfig
 
 _PROBED_FILES = 200
-_IMAGES_PER_SECOND_AND_CORE = 60  # a tiny ViT at 64 pixels: measured, see docs/performance.md
+_CPU_FLOPS_PER_CORE = 25e9  # what a small ViT's training step reaches in float32; measured: docs/performance.md
 _FIRST_RUN_SECONDS = 900
 
 
@@ -69,51 +71,97 @@ def _median_side(source: Source) -> int:
 
 
 def _choose(uri: str, num_images: int, side: int, num_gpus: int, num_cores: int) -> tuple[dict[str, Any], list[Choice]]:
-    choices = []
-    if num_gpus:
-        arch, size, patch, batch = ("vit_small" if num_images < 1_000_000 else "vit_base"), 224, 14, 64 * num_gpus
-        steps = max(2_000, min(125_000, 100 * num_images // batch))
-        choices.append(Choice(f"{arch}, {size} pixels, patch {patch}", f"{num_gpus} GPUs, {num_images:,} images"))
-    else:
-        size = 64 if side >= 64 else max(32, side // 8 * 8)
-        arch, patch, batch = "vit_tiny", 8, min(64, max(8, num_images // 8 * 8))
-        speed = _IMAGES_PER_SECOND_AND_CORE * num_cores
-        steps = max(100, min(200 * num_images, speed * _FIRST_RUN_SECONDS) // batch)
-        choices.append(Choice(f"{arch}, {size} pixels, patch {patch}", f"no GPU; the median shorter side is {side} pixels"))
-    choices.append(
-        Choice(f"{steps:,} steps of {batch} images", f"{steps * batch / num_images:.0f} epochs of {num_images:,} images")
-    )
-    prototypes = 1024 if num_images < 100_000 else 65_536
-    choices.append(Choice(f"{prototypes:,} prototypes", "more of them than concepts, fewer than images"))
     workers = num_gpus or min(num_cores, 2)
-    choices.append(Choice(f"{workers} workers", f"{num_gpus} GPUs, {num_cores} cores"))
-    small = not num_gpus
-    local = size // 2 // patch * patch
-    return {
+    prototypes = 1024 if num_images < 100_000 else 65_536
+    pretrain = _gpu_model(num_images, num_gpus) if num_gpus else _cpu_model(side)
+    pretrain["method"]["dino"]["head_n_prototypes"] = prototypes
+    batch = 64 * num_gpus if num_gpus else min(64, max(8, num_images // 8 * 8))
+    batch = batch // workers * workers
+    steps = _steps(pretrain, num_images, batch, num_gpus=num_gpus, num_cores=num_cores)
+    pretrain["method"]["teacher"] |= {"warmup_teacher_temp_steps": steps // 4}
+    pretrain["optim"] |= {"warmup_steps": steps // 10, "freeze_last_layer_steps": steps // 50, "weight_decay_end": 0.2}
+    pretrain["train"] = {
+        "steps": steps,
+        "global_batch_size": batch,
+        "log_every_steps": max(1, min(20, steps // 10)),
+        "checkpoint_every_steps": max(10, steps // 20),
+    }
+    pretrain["scaling"] = {"num_workers": workers, "use_gpu": bool(num_gpus)}
+    student, size = pretrain["student"], pretrain["student"]["img_size"]
+    hardware = f"{num_gpus} GPUs" if num_gpus else f"{num_cores} cores and no GPU"
+    aim = "100 epochs, at most 125,000 steps" if num_gpus else f"about {_FIRST_RUN_SECONDS // 60} minutes, at most 200 epochs"
+    choices = [
+        Choice(
+            f"{student['arch']}, {size} pixels, patch {student['patch_size']}", f"{hardware}; median shorter side {side} pixels"
+        ),
+        Choice(
+            f"{steps:,} steps of {batch} images", f"{steps * batch / num_images:.0f} epochs of {num_images:,} images; {aim}"
+        ),
+        Choice(f"{prototypes:,} prototypes", f"{num_images:,} images"),
+        Choice(f"{workers} workers", hardware),
+    ]
+    mapping = {
         "name": _name_of(uri),
         "ingest": {"pool": uri},
         "curate": {"retrieval": {"mode": "none"}, "balance": {"target_images": "all"}},
-        "pretrain": {
-            "student": {"arch": arch, "img_size": size, "patch_size": patch} | ({"layerscale": 1.0} if small else {}),
-            "method": {
-                "drop_path_rate": 0.0 if small else 0.1,
-                "centering": "sinkhorn_knopp",
-                "dino": {"head_n_prototypes": prototypes}
-                | ({"head_hidden_dim": 512, "head_bottleneck_dim": 128} if small else {}),
-                "teacher": {"momentum_teacher": 0.99 if small else 0.994, "warmup_teacher_temp_steps": steps // 4},
-            },
-            "optim": {"lr": 1e-3, "warmup_steps": steps // 20, "freeze_last_layer_steps": steps // 50, "weight_decay_end": 0.2}
-            | ({"scaling_rule": "none", "layerwise_decay": 1.0, "patch_embed_lr_mult": 1.0} if small else {}),
-            "crops": {"global_crops_size": size, "local_crops_size": local, "local_crops_number": 4 if small else 8},
-            "train": {
-                "steps": steps,
-                "global_batch_size": batch // workers * workers,
-                "log_every_steps": max(1, min(20, steps // 10)),
-                "checkpoint_every_steps": max(10, steps // 20),
-            },
-            "scaling": {"num_workers": workers, "use_gpu": bool(num_gpus)},
+        "pretrain": pretrain,
+    }
+    return mapping, choices
+
+
+def _gpu_model(num_images: int, num_gpus: int) -> dict[str, Any]:
+    """ViT-S, or ViT-B from a million images on, with DINOv2's crops."""
+    return {
+        "student": {"arch": "vit_small" if num_images < 1_000_000 else "vit_base", "img_size": 224, "patch_size": 14},
+        "method": {"drop_path_rate": 0.1, "centering": "sinkhorn_knopp", "dino": {}, "teacher": {"momentum_teacher": 0.994}},
+        "optim": {"lr": 1e-3},
+        "crops": {"global_crops_size": 224, "local_crops_size": 98, "local_crops_number": 8},
+    }
+
+
+def _cpu_model(side: int) -> dict[str, Any]:
+    """A backbone of 0.8 M parameters on images of 64 pixels or less: what a few cores can train in minutes."""
+    size = 64 if side >= 64 else max(32, side // 16 * 16)
+    return {
+        "student": {
+            "arch": "vit_tiny",
+            "embed_dim": 128,
+            "depth": 4,
+            "num_heads": 4,
+            "img_size": size,
+            "patch_size": 8,
+            "num_register_tokens": 0,
+            "layerscale": 1.0,
         },
-    }, choices
+        "method": {
+            "drop_path_rate": 0.0,
+            "centering": "sinkhorn_knopp",
+            "dino": {"head_hidden_dim": 256, "head_bottleneck_dim": 64, "koleo_loss_weight": 0.01},
+            "teacher": {"momentum_teacher": 0.98},
+        },
+        "optim": {"lr": 1e-3, "scaling_rule": "none", "layerwise_decay": 1.0, "patch_embed_lr_mult": 1.0},
+        "crops": {"global_crops_size": size, "local_crops_size": size // 2, "local_crops_number": 2},
+        "loader": {"workers": 1},
+    }
+
+
+def _steps(pretrain: dict[str, Any], num_images: int, batch: int, *, num_gpus: int, num_cores: int) -> int:
+    """Steps of a first run: 100 epochs on GPUs; on CPUs what fits a quarter of an hour by the model's operation count."""
+    if num_gpus:
+        return max(2_000, min(125_000, 100 * num_images // batch))
+    draft = validate(TrainingConfig, {key: pretrain[key] for key in ("student", "method", "crops")}, "chosen recipe")
+    low, high = draft.method.ibot.mask_ratio_min_max
+    flops = training_flops_per_image(
+        draft.student,
+        draft.method.dino.head,
+        draft.method.ibot_head,
+        global_size_pixels=draft.crops.global_crops_size,
+        local_size_pixels=draft.crops.local_crops_size,
+        num_local_crops=draft.crops.local_crops_number,
+        masked_ratio=draft.method.ibot.mask_sample_probability * (low + high) / 2,
+    )
+    images = min(200 * num_images, int(num_cores * _CPU_FLOPS_PER_CORE * _FIRST_RUN_SECONDS / flops))
+    return max(100, images // batch)
 
 
 def _name_of(uri: str) -> str:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from heliostat.artifacts import ArtifactRef
 from heliostat.config import StrictModel, apply_overrides, find_recipe, load_mapping, validate
@@ -46,6 +46,8 @@ class CurateStage(CurateConfig):
     """Artifact of raw images as raw/name@version; empty takes the recipe's own."""
     curated: str = ""
     """Artifact of the small curated set for retrieval; empty takes the recipe's own when it ingests one."""
+    evaluation: str = ""
+    """Artifact of evaluation images that the result must not show, as raw/name@version; empty decontaminates against none."""
     images_per_shard: int = Field(default=1024, ge=1)
     """Images in one shard of the result."""
     decode: DecodeConfig = DecodeConfig()
@@ -83,6 +85,12 @@ class Recipe(StrictModel):
     def ref(self, kind: str, suffix: str = "") -> ArtifactRef:
         """The artifact of this recipe of a kind."""
         return ArtifactRef(kind, f"{self.name}{suffix}", self.version)
+
+    @field_validator("name", "version", mode="before")
+    @classmethod
+    def _number_as_text(cls, value: Any) -> Any:
+        """`version=2` is a number in YAML and a name here."""
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
     @property
     def stages(self) -> list[str]:

@@ -142,29 +142,34 @@ class Embedded:
     embeddings: NDArray[np.float32] = field(repr=False)
 
 
+def _inputs(context: Context, config: CurateStage) -> dict[str, Artifact]:
+    recipe = context.recipe
+    named = {"raw": config.raw, "curated": config.curated, "evaluation": config.evaluation}
+    named["embedder"] = "" if config.embed.embedder == "thumbnail" else config.embed.embedder
+    inputs = {role: context.load(ArtifactRef.parse(name)) for role, name in named.items() if name}
+    if "raw" not in inputs:
+        inputs["raw"] = context.load(recipe.ref("raw"))
+    if "curated" not in inputs and recipe.ingest is not None and recipe.ingest.curated:
+        inputs["curated"] = context.load(recipe.ref("raw", "-curated"))
+    return inputs
+
+
 def run_curate(context: Context, config: CurateStage) -> Artifact:
     """Make the recipe's curated artifact."""
-    raw = context.load(ArtifactRef.parse(config.raw) if config.raw else context.recipe.ref("raw"))
-    inputs = {"raw": raw}
-    if config.curated:
-        inputs["curated"] = context.load(ArtifactRef.parse(config.curated))
-    elif context.recipe.ingest is not None and context.recipe.ingest.curated:
-        inputs["curated"] = context.load(context.recipe.ref("raw", "-curated"))
-    if config.embed.embedder != "thumbnail":
-        inputs["embedder"] = context.load(ArtifactRef.parse(config.embed.embedder))
+    inputs = _inputs(context, config)
+    raw = inputs["raw"]
 
     def work(draft: Draft, run: Run) -> Summary:
         context.need_ray()
         pool = _embed(context, config, draft, raw, "raw")
-        curated = _embed(context, config, draft, inputs["curated"], "curated") if "curated" in inputs else None
-        result = curate(
-            pool.manifest,
-            rejected=pool.rejected,
-            embeddings=pool.embeddings,
-            config=config,
-            curated_embeddings=curated.embeddings if curated else None,
-            curated_ids=curated.manifest["id"].to_pylist() if curated else (),
-        )
+        references = {
+            role: _embed(context, config, draft, inputs[role], role) for role in ("curated", "evaluation") if role in inputs
+        }
+        arguments: dict[str, Any] = {}
+        for role, found in references.items():
+            arguments[f"{role}_embeddings"] = found.embeddings
+            arguments[f"{role}_ids"] = found.manifest["id"].to_pylist()
+        result = curate(pool.manifest, rejected=pool.rejected, embeddings=pool.embeddings, config=config, **arguments)
         kept = _kept_rows(pool.manifest, result)
         _repack(context, config, draft, raw, kept)
         _write_reports(context, draft, raw, result)
@@ -174,7 +179,7 @@ def run_curate(context: Context, config: CurateStage) -> Artifact:
         Gauges().set(str(draft.ref), totals)
         return Summary({"images": len(kept), "images_in": rows_in})
 
-    settings = config_of(config, without=("raw", "curated"))
+    settings = config_of(config, without=("raw", "curated", "evaluation"))
     return make(context, context.recipe.ref("curated"), stage="curate", config=settings, inputs=inputs, work=work)
 
 

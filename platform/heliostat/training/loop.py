@@ -20,9 +20,10 @@ from heliostat.errors import NonFiniteLossError
 from heliostat.models.weights import load_state
 from heliostat.storage import Store
 from heliostat.training.checkpoint import Checkpoint, newest_checkpoint, read_history, write_checkpoint
+from heliostat.training.diagnostics import feature_std, teacher_entropy
 from heliostat.training.distillation import Distillation
 from heliostat.training.engine import Engine, World, all_finite, refuse_different_steps
-from heliostat.training.method import SelfDistillation
+from heliostat.training.method import SelfDistillation, StudentOutputs, TeacherTargets
 from heliostat.training.param_groups import apply_step_values
 from heliostat.training.recipe import TrainingConfig
 from heliostat.training.schedules import StepValues, step_values
@@ -88,11 +89,11 @@ def one_step(trainer: Trainer, state: LoopState, batch: Batch) -> None:
     apply_step_values(trainer.optimizer.param_groups, values)
     seed_step(config.train.seed, state.step, world.rank)
     batch = normalise(batch.to(world.device), config.crops)
-    losses, total = _forward(trainer, batch, values)
-    bad = all_finite({**losses, "total": total}, world)
+    forward = _forward(trainer, batch, values)
+    bad = all_finite({**forward.losses, "total": forward.total}, world)
     norms: dict[str, float] = {}
     if not bad:
-        trainer.engine.backward(total)
+        trainer.engine.backward(forward.total)
         norms = trainer.engine.clip_and_step()
         bad = [f"gradient of {name}" for name, norm in norms.items() if not math.isfinite(norm)]
     if bad:
@@ -103,7 +104,8 @@ def one_step(trainer: Trainer, state: LoopState, batch: Batch) -> None:
     state.step += 1
     state.window_images += config.train.global_batch_size
     if state.step % config.train.log_every_steps == 0 or state.step == config.train.steps:
-        _record(trainer, state, _numbers(trainer.method.logged(losses), values, norms))
+        numbers = _numbers(trainer.method.logged(forward.losses), values, norms)
+        _record(trainer, state, numbers | _diagnostics(forward))
 
 
 def _values(trainer: Trainer, step: int) -> StepValues:
@@ -117,13 +119,31 @@ def _values(trainer: Trainer, step: int) -> StepValues:
     )
 
 
-def _forward(trainer: Trainer, batch: Batch, values: StepValues) -> tuple[dict[str, Tensor], Tensor]:
+@dataclass(frozen=True)
+class _Forward:
+    """What a step computed before its gradients."""
+
+    teacher: TeacherTargets
+    student: StudentOutputs
+    losses: dict[str, Tensor]
+    total: Tensor
+
+
+def _forward(trainer: Trainer, batch: Batch, values: StepValues) -> _Forward:
     method = trainer.method
     with trainer.engine.autocast():
         teacher = method.teacher_targets(batch, values.teacher_temp)
         student = method.student_outputs(batch)
         losses = method.losses(student, teacher, batch)
-        return losses, method.weighted_sum(losses)
+        return _Forward(teacher, student, losses, method.weighted_sum(losses))
+
+
+def _diagnostics(forward: _Forward) -> dict[str, float]:
+    """Signs of collapse on the main rank's images: what the teacher says, how far the student's images lie apart."""
+    return {
+        "train/teacher_entropy": float(teacher_entropy(forward.teacher.cls_GBK.flatten(0, 1))),
+        "train/feature_std": float(feature_std(forward.student.global_cls_GBD[0].detach())),
+    }
 
 
 def _skip(trainer: Trainer, state: LoopState, bad: list[str]) -> None:

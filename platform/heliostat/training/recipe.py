@@ -95,7 +95,8 @@ class PretrainConfig(TrainingConfig):
     """Self-supervised training of a backbone from scratch."""
 
     data: str = ""
-    """Artifact of images as curated/name@version or raw/name@version, or a folder of images; empty takes the recipe's own."""
+    """Artifact of images as curated/name@version or raw/name@version; empty takes the recipe's own. Without a recipe
+    (`heliostat pretrain data=./photos`) it is a folder or an `s3://` prefix of images."""
 
 
 class DistillConfig(TrainingConfig):
