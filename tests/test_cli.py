@@ -85,6 +85,7 @@ def test_help_and_version_import_nothing_heavy(command: list[str]) -> None:
             ["pretrain", "demo", "crops.global_crops_size=36"],
             "crops.global_crops_size 36 is not divisible by student.patch_size 8; use 32 or 40",
         ),
+        (["pretrain", "demo", "train.steps=5"], "warmup_steps 30 does not end within a run of 5 steps; use at most 4"),
         (["lineage", "model-demo"], "'model-demo' is not an artifact; write kind/name@version"),
         (["lineage", "modle/demo@1"], "'modle/demo@1' is not an artifact; write kind/name@version with kind one of raw,"),
         (["lineage"], "heliostat lineage takes one artifact, got nothing"),

@@ -249,5 +249,6 @@ def ui_command(uri: str) -> str:
     if not uri.startswith("sqlite"):
         return f"open {_without_password(uri)}"
     script = Path(sys.executable).with_name("mlflow")
-    name = "mlflow" if shutil.which("mlflow") == str(script) else os.path.relpath(script)
+    near = os.path.relpath(script)
+    name = "mlflow" if shutil.which("mlflow") == str(script) else str(script) if near.startswith("..") else near
     return f"{name} ui --backend-store-uri {uri} --port 5000"

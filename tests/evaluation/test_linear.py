@@ -20,7 +20,7 @@ def problem(seed: int = 0, classes: int = 4, noise: float = 2.5):
     return features.astype(np.float32), labels.astype(np.int64), queries.astype(np.float32), truth.astype(np.int64)
 
 
-@pytest.mark.parametrize("weight_decay", [1e-3, 1e-1, 10.0])
+@pytest.mark.parametrize("weight_decay", [1e-3, 1e-2, 1e-1])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_accuracy_is_that_of_scikit_learns_optimum(weight_decay: float, seed: int) -> None:
     features, labels, queries, truth = problem(seed)

@@ -175,7 +175,7 @@ def test_a_trial_of_a_sweep_is_the_run_that_its_settings_describe(tmp_path: Path
         "store": str(tmp_path / "store"),
         "tracking": {"uri": "none"},
         "pretrain": {**SETTINGS, "data": "raw/tiny@1"},
-        "sweep": {"grid": {"train.seed": [0, 3]}, "overrides": {"train.steps": 4}, "cpus_per_trial": 0.5},
+        "sweep": {"grid": {"train.seed": [0, 3]}, "overrides": {"train.steps": 6}, "cpus_per_trial": 0.5},
     }
     recipe = Recipe.model_validate_json(json.dumps(sections))
     context, tar = Context(recipe, Progress(io.StringIO())), shard()
@@ -186,7 +186,7 @@ def test_a_trial_of_a_sweep_is_the_run_that_its_settings_describe(tmp_path: Path
     made = sweep(context, recipe.sweep)
     assert [trial["overrides"] for trial in read_trials(made)] == [{"train.seed": 0}, {"train.seed": 3}]
     for trial, seed in (("000", 0), ("001", 3)):
-        train_here(job(tmp_path / trial, settings("train.steps=4", f"train.seed={seed}"), tar))
+        train_here(job(tmp_path / trial, settings("train.steps=6", f"train.seed={seed}"), tar))
         files = LocalStore(Path(made.files.uri) / "trials" / trial)
         for name, data in final_files(tmp_path / trial).items():
             assert files.read(name) == data, (trial, name)

@@ -53,7 +53,8 @@ def loss_curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
             axes.set_xlabel("step")
             axes.set_ylabel("nats")
             axes.grid(alpha=0.3)
-            axes.legend(fontsize=7)
+            if axes.lines:
+                axes.legend(fontsize=7)
         figure.tight_layout()
         return _svg(figure)
 
@@ -70,7 +71,8 @@ def accuracy_bars(rows: Sequence[Mapping[str, Any]]) -> str:
         plain = ("raw pixels", "colour histogram", "luminance histogram", "random weights")
         colors = ["#9aa4b2" if row["name"] in plain else "#d9730d" for row in rows]
         values = [100 * row["knn"] for row in rows]
-        axes.barh(names, values, xerr=[100 * row["knn_std"] for row in rows], color=colors, height=0.65)
+        axes.barh(range(len(rows)), values, xerr=[100 * row["knn_std"] for row in rows], color=colors, height=0.65)
+        axes.set_yticks(range(len(rows)), labels=names, parse_math=False)  # a name may hold a dollar sign
         for index, value in enumerate(values):
             axes.text(1, index, f"{value:.1f}", va="center", color="white", fontsize=8)
         axes.invert_yaxis()

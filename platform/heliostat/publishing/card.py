@@ -1,5 +1,7 @@
 """The model card: what the weights are, where they come from, how good they are, how to load them."""
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,7 +36,8 @@ def render_card(
     """The card as Markdown with the front matter of the Hugging Face hub."""
     backbone = info.backbone
     parts = [
-        f"---\nlicense: {config.license}\nlibrary_name: heliostat\ntags:\n- image-feature-extraction\n- self-supervised\n---",
+        f"---\nlicense: {_yaml_text(config.license)}\nlibrary_name: heliostat\n"
+        "tags:\n- image-feature-extraction\n- self-supervised\n---",
         f"# {record.name}, version {record.version}",
         config.intended_use,
         "## Model",
@@ -57,6 +60,11 @@ def render_card(
         f"The published file was read back and compared on random images: largest difference {difference:g}.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _yaml_text(text: str) -> str:
+    """Text as YAML: plain where that is safe, else quoted as JSON."""
+    return text if re.fullmatch(r"[A-Za-z][A-Za-z0-9.-]*", text) else json.dumps(text)
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:

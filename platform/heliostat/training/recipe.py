@@ -8,6 +8,7 @@ from heliostat.config import StrictModel
 from heliostat.data.config import CropsConfig, DecodeConfig, LoaderConfig
 from heliostat.models.config import BackboneConfig
 from heliostat.training.config import MethodConfig, OptimConfig
+from heliostat.training.schedules import check_schedules
 
 
 class ScalingConfig(StrictModel):
@@ -88,6 +89,11 @@ class TrainingConfig(StrictModel):
                 lower = size // patch * patch
                 advice = " or ".join(str(value) for value in (lower, lower + patch) if value)
                 raise ValueError(f"crops.{name} {size} is not divisible by student.patch_size {patch}; use {advice}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_schedules(self) -> Self:
+        check_schedules(self.optim, self.method.teacher, self.train.steps)
         return self
 
 

@@ -19,7 +19,6 @@ from heliostat.training.loop import Method, Report, Trainer, fit
 from heliostat.training.method import SelfDistillation
 from heliostat.training.param_groups import build_param_groups
 from heliostat.training.recipe import TrainingConfig
-from heliostat.training.schedules import check_schedules
 
 Read = Callable[[str, int, int], bytes]
 
@@ -56,7 +55,6 @@ def build_method(config: TrainingConfig, teacher: FrozenTeacher | None) -> Metho
 def build_trainer(job: TrainingJob, world: World, report: Report, notify: Callable[[str], None]) -> Trainer:
     """Wire one rank's trainer together."""
     config = job.config
-    check_schedules(config.optim, config.method.teacher, config.train.steps)
     torch.set_num_threads(config.scaling.threads_per_worker)
     method = build_method(config, job.teacher).to(world.device)
     groups = build_param_groups(method.student, config.student.depth, config.optim)
