@@ -32,7 +32,11 @@ from heliostat.storage import LocalStore
 from heliostat.tracking import NullRun, NullTracker
 from heliostat.training.run import TrainingJob
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.usefixtures("local_ray"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Ray 2.60's, about its own settings
+]
 
 
 @pytest.fixture(scope="module")
