@@ -48,6 +48,8 @@ _TABLE = (
         "1",
         "standard deviation of L2-normalised student cls tokens times sqrt(width): 1 spread out, 0 collapsed",
     ),
+    Metric("train/rankme", "1", "effective rank of the student's cls tokens on the main rank's images, 1 to images or width"),
+    Metric("train/prototype_usage", "1", "share of the prototypes that the teacher uses on the main rank's images"),
     Metric("train/teacher_entropy", "nats", "mean entropy of the teacher's targets"),
     Metric("curate/rows_in", "images", "images that entered curation", live=True),
     Metric("curate/rows_kept", "images", "images in the curated set", live=True),

@@ -17,9 +17,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.s3]
 
 SHORT = (
     *(word for word in SMALL if word.partition(".")[0] in ("ingest", "curate", "pretrain")),
-    "ingest.labelled=",
-    "ingest.heldout=",
-    "ingest.pictures=",
+    "ingest.labelled=''",
+    "ingest.heldout=''",
+    "ingest.pictures=''",
     "pretrain.train.steps=12",
     "pretrain.scaling.num_workers=0",
 )

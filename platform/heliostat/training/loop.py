@@ -20,7 +20,7 @@ from heliostat.errors import NonFiniteLossError
 from heliostat.models.weights import load_state
 from heliostat.storage import Store
 from heliostat.training.checkpoint import Checkpoint, newest_checkpoint, read_history, write_checkpoint
-from heliostat.training.diagnostics import feature_std, teacher_entropy
+from heliostat.training.diagnostics import feature_std, prototype_usage, rankme, teacher_entropy
 from heliostat.training.distillation import Distillation
 from heliostat.training.engine import Engine, World, all_finite, refuse_different_steps
 from heliostat.training.method import SelfDistillation, StudentOutputs, TeacherTargets
@@ -140,9 +140,13 @@ def _forward(trainer: Trainer, batch: Batch, values: StepValues) -> _Forward:
 
 def _diagnostics(forward: _Forward) -> dict[str, float]:
     """Signs of collapse on the main rank's images: what the teacher says, how far the student's images lie apart."""
+    targets_RK = forward.teacher.cls_GBK.flatten(0, 1)
+    features_BD = forward.student.global_cls_GBD[0].detach()
     return {
-        "train/teacher_entropy": float(teacher_entropy(forward.teacher.cls_GBK.flatten(0, 1))),
-        "train/feature_std": float(feature_std(forward.student.global_cls_GBD[0].detach())),
+        "train/teacher_entropy": float(teacher_entropy(targets_RK)),
+        "train/prototype_usage": float(prototype_usage(targets_RK)),
+        "train/feature_std": float(feature_std(features_BD)),
+        "train/rankme": float(rankme(features_BD)),
     }
 
 
