@@ -15,7 +15,7 @@ from heliostat.cli import main
 from heliostat.config import find_recipe
 from heliostat.storage import LocalStore
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500)]
 
 ARTIFACTS = [
     "curated/demo@1",

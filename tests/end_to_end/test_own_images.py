@@ -11,7 +11,7 @@ from heliostat.data.photographs import write_crops
 from heliostat.models.stored import read_backbone
 from heliostat.storage import LocalStore
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500)]
 
 SHORT = (
     "student.embed_dim=48",

@@ -13,7 +13,7 @@ from demo_run import SMALL, command, environment
 from heliostat.artifacts import ArtifactRef, ArtifactStore, verify
 from heliostat.storage import S3Store, Store, open_store
 
-pytestmark = [pytest.mark.ray, pytest.mark.s3]
+pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(1500)]
 
 SHORT = (
     *(word for word in SMALL if word.partition(".")[0] in ("ingest", "curate", "pretrain")),
