@@ -1,5 +1,6 @@
 """What the verbs of the command line do."""
 
+import os
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -132,6 +133,12 @@ def _print_end(context: Context, last: Artifact) -> None:
     say()
     report = context.artifacts.find(context.recipe.ref("report"))
     if report is not None:
-        say(f"report:  {report.files.uri}/report.html")
-    say(f"files:   {last.files.uri}")
+        say(f"report:  {_near(report.files.uri)}/report.html")
+    say(f"files:   {_near(last.files.uri)}")
     say(f"MLflow:  {ui_command(context.tracker.uri)}")
+
+
+def _near(uri: str) -> str:
+    """A path below the working folder without that folder; anything else as it is."""
+    relative = uri if "://" in uri else os.path.relpath(uri)
+    return uri if relative.startswith("..") else relative
