@@ -62,6 +62,7 @@ def test_the_artifacts_of_a_recipe_bear_its_name_and_version() -> None:
     assert str(recipe.ref("raw", "-heldout")) == "raw/birds-heldout@2024-05"
 
 
-def test_a_version_that_looks_like_a_number_must_be_quoted() -> None:
-    with pytest.raises(ConfigError, match="version=2: input should be a valid string"):
-        read_recipe("demo", ("version=2",))
+def test_a_version_that_looks_like_a_number_is_a_name() -> None:
+    assert str(read_recipe("demo", ("version=2",)).ref("model")) == "model/demo@2"
+    with pytest.raises(ConfigError, match=r"version=True: input should be a valid string"):
+        read_recipe("demo", ("version=true",))
