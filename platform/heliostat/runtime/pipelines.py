@@ -48,7 +48,6 @@ class Context:
         self.recipe = recipe
         self.progress = progress
         self.artifacts = ArtifactStore(open_store(recipe.store))
-        self.seconds: dict[str, float] = {}
         self._open = contextlib.ExitStack()
         self._has_session = False
 
@@ -71,10 +70,8 @@ class Context:
         """Open the Ray session unless it is open."""
         if self._has_session:
             return
-        started = time.monotonic()
         self._open.enter_context(open_session(self.recipe.cluster))
         self._has_session = True
-        self.seconds["Ray start"] = time.monotonic() - started
         self.progress.say(f"  Ray: {describe_session()}")
 
     def close(self) -> None:
@@ -138,7 +135,6 @@ def make(
     finally:
         run.finish(status)
     seconds = time.monotonic() - started
-    context.seconds[str(ref)] = seconds
     counts = ", ".join(f"{value:,} {name}" for name, value in summary.counts.items())
     context.progress.say(f"          done in {seconds:.0f} s: {counts}")
     return artifact
