@@ -185,7 +185,7 @@ def validate(model: type[M], mapping: Mapping[str, Any], source: str) -> M:
 def load_recipe(model: type[M], name: str, overrides: Sequence[str] = ()) -> M:
     """Find, read, override and validate a recipe."""
     path = find_recipe(name)
-    return validate(model, apply_overrides(load_mapping(path), overrides), str(path))
+    return validate(model, apply_overrides(load_mapping(path), overrides), path.name)
 
 
 def canonical_json(value: Any) -> str:

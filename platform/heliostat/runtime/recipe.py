@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from heliostat.artifacts import ArtifactRef
-from heliostat.config import StrictModel, apply_overrides, find_recipe, load_mapping, validate
+from heliostat.config import StrictModel, load_recipe
 from heliostat.curation.config import CurateConfig
 from heliostat.data.config import DecodeConfig, PhotographPoolConfig
 from heliostat.evaluation.config import EvaluateConfig
@@ -116,5 +116,4 @@ def scope_overrides(overrides: tuple[str, ...], stage: str) -> list[str]:
 
 def read_recipe(name: str, overrides: tuple[str, ...] = (), stage: str = "") -> Recipe:
     """Find, override and validate a recipe. `stage` lets the keys of that section stand alone. Raises ConfigError."""
-    path = find_recipe(name)
-    return validate(Recipe, apply_overrides(load_mapping(path), scope_overrides(overrides, stage)), path.name)
+    return load_recipe(Recipe, name, scope_overrides(overrides, stage))
