@@ -74,10 +74,11 @@ def normalise(batch: Batch) -> Batch:
     return Batch(batch.global_crops.float().mul_(2 / 255).sub_(1), batch.local_crops.float().mul_(2 / 255).sub_(1), batch.masks)
 
 
-def build_model(setting: Setting, seed: int = 0) -> SelfDistillation:
-    """Student and teacher with weights drawn from the seed."""
-    torch.manual_seed(seed)
-    return SelfDistillation(setting.backbone, setting.method)
+def build_model(setting: Setting, device: torch.device | None = None) -> SelfDistillation:
+    """Student and teacher, their weights drawn on the device."""
+    torch.manual_seed(0)
+    with device or torch.device("cpu"):
+        return SelfDistillation(setting.backbone, setting.method)
 
 
 def build_optimizer(model: SelfDistillation, setting: Setting) -> torch.optim.AdamW:
@@ -91,7 +92,7 @@ class TrainingStep:
     """The product's step, as training/loop.py makes it: forward, check, backward, clip, AdamW, teacher."""
 
     def __init__(self, model: SelfDistillation, setting: Setting, device: torch.device, dtype: torch.dtype) -> None:
-        self.model = model.to(device)
+        self.model = model
         self._engine = TorchEngine(
             dict(model.student.named_children()),
             build_optimizer(model, setting),
