@@ -143,6 +143,7 @@ def step_seconds(step: TrainingStep, batch: Batch, device: torch.device, num_ste
 
 def measure(case: Setting, kernel: str, options: argparse.Namespace, device: torch.device) -> Cell:
     """Warm up, then time steps on one batch. Raises torch.OutOfMemoryError."""
+    gc.collect()  # recomputed blocks refer to themselves: without this the model before would stay on the device
     model = build_model(case, device)
     set_attention(model, kernel)
     if options.checkpoint:
