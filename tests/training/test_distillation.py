@@ -8,7 +8,7 @@ from heliostat.errors import CheckpointError, ConfigError
 from heliostat.models.config import BackboneConfig
 from heliostat.training.config import DinoConfig, IbotConfig, MethodConfig, OptimConfig, TeacherConfig
 from heliostat.training.distillation import Distillation
-from heliostat.training.engine import TorchEngine, World
+from heliostat.training.engine import build_engine
 from heliostat.training.method import SelfDistillation
 from heliostat.training.param_groups import build_optimizer
 from heliostat.training.schedules import step_values
@@ -136,10 +136,7 @@ def train_students(students, batches):
     model.load_teacher({f"teacher.{key}": torch.randn_like(value) for key, value in model.teacher.state_dict().items()})
     config = OptimConfig(lr=1e-3, scaling_rule="none", warmup_steps=0, freeze_last_layer_steps=0)
     optimizer = build_optimizer(model.networks, config)
-    submodules = {
-        f"{name}/{child}": module for name, network in model.networks.items() for child, module in network.named_children()
-    }
-    engine = TorchEngine(submodules, optimizer, clip_grad=0.05, world=World(), dtype=torch.float32)
+    engine = build_engine(model.networks, optimizer, clip_grad=0.05)
     shown = []
     for step, batch in enumerate(batches):
         values = step_values(step, optim=config, teacher=TeacherConfig(), total_steps=2, global_batch_size=3)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from heliostat.training.engine import TorchEngine, World, not_finite, compute_dtype
+from heliostat.training.engine import TorchEngine, World, compute_dtype, not_finite
 
 
 def make_engine(clip_grad: float = 1.0) -> tuple[dict[str, nn.Linear], torch.optim.AdamW, TorchEngine]:

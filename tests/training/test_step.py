@@ -10,7 +10,7 @@ import torch
 from heliostat.data.batch import Batch
 from heliostat.models.config import BackboneConfig
 from heliostat.training.config import DinoConfig, IbotConfig, MethodConfig, OptimConfig, TeacherConfig
-from heliostat.training.engine import TorchEngine, World
+from heliostat.training.engine import World, build_engine
 from heliostat.training.method import SelfDistillation
 from heliostat.training.param_groups import build_optimizer
 from heliostat.training.schedules import step_values
@@ -53,8 +53,7 @@ def rows_of(crops, num_images, rank, size):
 
 def make_engine(model, world, **options):
     optimizer = build_optimizer(model.networks, OPTIM)
-    submodules = dict(model.student.named_children())
-    return optimizer, TorchEngine(submodules, optimizer, clip_grad=OPTIM.clip_grad, world=world, dtype=torch.float32, **options)
+    return optimizer, build_engine(model.networks, optimizer, clip_grad=OPTIM.clip_grad, world=world, **options)
 
 
 def values_of(step):

@@ -130,6 +130,25 @@ class TorchEngine:
         self._optimizer.load_state_dict({"state": state, "param_groups": self._optimizer.state_dict()["param_groups"]})
 
 
+def build_engine(
+    networks: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    *,
+    clip_grad: float,
+    world: World | None = None,
+    dtype: torch.dtype = torch.float32,
+    keep_gradients: bool = False,
+) -> TorchEngine:
+    """The engine of a method's networks, whose children are clipped one by one: `backbone`, `dino_head`, `small/backbone` ..."""
+    submodules = {
+        f"{name}/{child}" if name else child: module
+        for name, network in networks.items()
+        for child, module in network.named_children()
+    }
+    world = world or World()
+    return TorchEngine(submodules, optimizer, clip_grad=clip_grad, world=world, dtype=dtype, keep_gradients=keep_gradients)
+
+
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of forward passes: `auto` is bfloat16 on CUDA and float32 elsewhere."""
     if name == "auto":

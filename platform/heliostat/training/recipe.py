@@ -238,7 +238,7 @@ def phase_config(base: Section, phase: PhaseConfig) -> Section:
     Raises ConfigError when the result is impossible, naming the phase.
     """
     plain = compressed(base.model_dump(mode="json") | {"phases": []}, base.train.steps, phase.steps)
-    for backbone in [plain["student"], *plain.get("students", {}).values()]:
+    for backbone in plain.get("students", {}).values() or [plain["student"]]:
         backbone["img_size"] = phase.global_crops_size
     plain["crops"] |= {"global_crops_size": phase.global_crops_size}
     plain["crops"] |= {"local_crops_size": phase.local_crops_size} if phase.local_crops_size else {}

@@ -15,7 +15,7 @@ from heliostat.models.config import BackboneConfig
 from heliostat.models.stored import ModelInfo, model_files
 from heliostat.storage import Store
 from heliostat.training.distillation import Distillation
-from heliostat.training.engine import TorchEngine, World, compute_dtype
+from heliostat.training.engine import World, build_engine, compute_dtype
 from heliostat.training.loop import AnyMethod, Report, Trainer, fit
 from heliostat.training.method import SelfDistillation
 from heliostat.training.param_groups import build_optimizer
@@ -69,24 +69,14 @@ def build_method(
     return method
 
 
-def build_engine(method: AnyMethod, optimizer: torch.optim.Optimizer, config: TrainingConfig, world: World) -> TorchEngine:
-    """The engine of a method; sub-modules are clipped one by one and named `backbone`, `dino_head`, `<student>/backbone` ..."""
-    submodules = {
-        f"{name}/{child}" if name else child: module
-        for name, network in method.networks.items()
-        for child, module in network.named_children()
-    }
-    dtype = compute_dtype(config.train.compute_dtype, world.device)
-    return TorchEngine(submodules, optimizer, clip_grad=config.optim.clip_grad, world=world, dtype=dtype)
-
-
 def build_trainer(job: TrainingJob, world: World, report: Report, notify: Callable[[str], None]) -> Trainer:
     """Wire one rank's trainer together."""
     config = job.config
     torch.set_num_threads(config.scaling.threads_per_worker)
     method = build_method(config, job.teacher, job.start).to(world.device)
     optimizer = build_optimizer(method.networks, config.optim)
-    engine = build_engine(method, optimizer, config, world)
+    dtype = compute_dtype(config.train.compute_dtype, world.device)
+    engine = build_engine(method.networks, optimizer, clip_grad=config.optim.clip_grad, world=world, dtype=dtype)
     patch_size = next(iter(config.backbones.values())).patch_size
     loader = ImageLoader(
         job.manifest,
