@@ -17,8 +17,9 @@ from heliostat.artifacts import Artifact
 from heliostat.config import StrictModel, validate
 from heliostat.errors import CheckpointError
 from heliostat.models.config import BackboneConfig, HeadConfig
+from heliostat.models.names import from_fair_names, to_fair_names
 from heliostat.models.vit import VisionTransformer
-from heliostat.models.weights import from_fair_names, load_state, to_fair_names
+from heliostat.models.weights import load_state
 from heliostat.storage import Store
 
 MODEL_JSON = "model.json"
