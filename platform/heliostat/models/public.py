@@ -63,6 +63,8 @@ class PublicWeights:
     """The names that the file used."""
     sha256: str
     """Of the bytes of the weight file, or of all weight files of a folder in the order of their names."""
+    num_heads_known: bool
+    """Whether a config.json tells the attention heads. No tensor does: else they are taken as 64 wide (all released are)."""
     notes: tuple[str, ...] = ()
     """What was added, left out or converted on the way, one sentence each."""
 
@@ -92,6 +94,7 @@ def read_public_weights(path: Path) -> PublicWeights:
     state, converted = _as_float32(to_our_names(state, layout), what)
     backbone, added = with_mask_token(state)
     config = found.config or infer_config(backbone, found.num_heads, what)
+    knows_heads = found.config is not None or found.num_heads is not None
     with torch.device("meta"):  # shapes only: no memory, no random numbers
         network = VisionTransformer(config)
     check_state(network, backbone, what)
@@ -101,6 +104,7 @@ def read_public_weights(path: Path) -> PublicWeights:
         config=config,
         layout=layout,
         sha256=_sha256(found.files),
+        num_heads_known=knows_heads,
         notes=(*left_out, *added, *converted),
     )
 

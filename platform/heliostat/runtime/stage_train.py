@@ -26,7 +26,7 @@ from heliostat.training.recipe import (
     phase_config,
 )
 from heliostat.training.run import FrozenTeacher, TrainingJob
-from heliostat.training.start import StartingWeights, fit_backbone
+from heliostat.training.start import StartingWeights, check_fit, fit_backbone
 
 # What changes speed, safety or place but not the result. Names of other artifacts enter through the inputs' fingerprints.
 NOT_IN_FINGERPRINT = ("data", "scaling", "loader", "phases", "train.checkpoint_every_steps", "train.keep_checkpoints")
@@ -71,6 +71,9 @@ def _pretrain_one(
     init: WeightSource | None,
     stage: str = "pretrain",
 ) -> Artifact:
+    if init is not None:
+        init = init.with_heads_of(config.student, lambda text: context.progress.say(f"  {text}"))
+        check_fit(init.what, init.config, config.student)
     settings = config_of(config, without=NOT_IN_FINGERPRINT + _OF_INIT)
     plan = Plan(ref, settings | _identity(init=init), {"data": images} | _inputs(init=init))
 
@@ -118,6 +121,11 @@ def _teacher(context: Context, config: DistillConfig, images: Artifact) -> Weigh
     source = open_weights(context, config.teacher or str(context.recipe.ref("model")))
     if source.artifact is not None:
         return source
+    if not source.num_heads_known:
+        context.progress.say(
+            f"  {source.what} does not tell its attention heads: {source.config.num_heads} of 64 channels are assumed, as in "
+            "every released model; give a folder with a config.json where that is wrong"
+        )
     weights = source.read()
     if weights.has_heads:
         return source
