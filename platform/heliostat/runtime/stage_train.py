@@ -54,7 +54,9 @@ def readable_rows(images: Artifact) -> pa.Table:
 def pretrain(context: Context, config: PretrainConfig) -> Artifact:
     """Train the recipe's model, then its further phases, each from the weights of the one before. Returns the last one."""
     images = training_images(context, config.data)
-    init = open_weights(context, config.init.weights) if config.init.weights else None
+    init = None
+    if config.init.weights:
+        init = open_weights(context, config.init.weights, num_heads=config.student.num_heads)
     model = _pretrain_one(context, config, context.recipe.ref("model"), images=images, init=init)
     for phase in config.phases:
         ref, before = context.recipe.ref("model", f"-{phase.name}"), WeightSource.of_artifact(model)
@@ -72,7 +74,6 @@ def _pretrain_one(
     stage: str = "pretrain",
 ) -> Artifact:
     if init is not None:
-        init = init.with_heads_of(config.student, lambda text: context.progress.say(f"  {text}"))
         check_fit(init.what, init.config, config.student)
     settings = config_of(config, without=NOT_IN_FINGERPRINT + _OF_INIT)
     plan = Plan(ref, settings | _identity(init=init), {"data": images} | _inputs(init=init))
@@ -121,11 +122,6 @@ def _teacher(context: Context, config: DistillConfig, images: Artifact) -> Weigh
     source = open_weights(context, config.teacher or str(context.recipe.ref("model")))
     if source.artifact is not None:
         return source
-    if not source.num_heads_known:
-        context.progress.say(
-            f"  {source.what} does not tell its attention heads: {source.config.num_heads} of 64 channels are assumed, as in "
-            "every released model; give a folder with a config.json where that is wrong"
-        )
     weights = source.read()
     if weights.has_heads:
         return source

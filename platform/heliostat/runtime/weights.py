@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from heliostat.artifacts import Artifact, ArtifactRef
@@ -23,7 +23,6 @@ class WeightSource:
     read: Callable[[], StartingWeights]
     artifact: Artifact | None = None
     sha256: str = ""
-    num_heads_known: bool = True
 
     @staticmethod
     def of_artifact(model: Artifact) -> "WeightSource":
@@ -36,26 +35,20 @@ class WeightSource:
         return WeightSource(str(model.ref), config, read, artifact=model)
 
     @staticmethod
-    def of_file(path: Path, notify: Callable[[str], None]) -> "WeightSource":
+    def of_file(path: Path, notify: Callable[[str], None], *, num_heads: int | None = None) -> "WeightSource":
         """Public weights, read now: their content is their identity. Raises CheckpointError."""
-        public = read_public_weights(path)
+        public = read_public_weights(path, num_heads=num_heads)
         for note in public.notes:
             notify(f"{path}: {note}")
         start = StartingWeights(str(path), public.config, public.backbone, public.heads)
-        known = public.num_heads_known
-        return WeightSource(str(path), public.config, lambda: start, sha256=public.sha256, num_heads_known=known)
-
-    def with_heads_of(self, config: BackboneConfig, notify: Callable[[str], None]) -> "WeightSource":
-        """The weights with the attention heads of a recipe, where the file does not tell its own."""
-        if self.num_heads_known or config.num_heads == self.config.num_heads or config.embed_dim != self.config.embed_dim:
-            return self
-        notify(f"{self.what} does not tell its attention heads: student.num_heads={config.num_heads} is taken on trust")
-        known = self.config.model_copy(update={"num_heads": config.num_heads})
-        return replace(self, config=known, read=lambda: replace(self.read(), config=known), num_heads_known=True)
+        return WeightSource(str(path), public.config, lambda: start, sha256=public.sha256)
 
 
-def open_weights(context: Context, text: str) -> WeightSource:
-    """The weights that a recipe's value names. Raises UsageError, ArtifactNotFoundError or CheckpointError."""
+def open_weights(context: Context, text: str, *, num_heads: int | None = None) -> WeightSource:
+    """The weights that a recipe's value names; num_heads is for files that do not tell their attention heads.
+
+    Raises UsageError, ArtifactNotFoundError or CheckpointError.
+    """
     if re.match(r"^[a-z]+/[^/@]+@[^/@]+$", text):
         ref = ArtifactRef.parse(text)
         if ref.kind != "model":
@@ -66,4 +59,4 @@ def open_weights(context: Context, text: str) -> WeightSource:
     path = Path(text).expanduser()
     if not path.exists():
         raise UsageError(f"no weights at {text}; give model/name@version, a file (.pth, .safetensors) or a folder")
-    return WeightSource.of_file(path, lambda line: context.progress.say(f"  {line}"))
+    return WeightSource.of_file(path, lambda line: context.progress.say(f"  {line}"), num_heads=num_heads)
