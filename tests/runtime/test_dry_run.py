@@ -14,7 +14,7 @@ def count(module) -> int:
 
 @pytest.mark.parametrize("stage", ["pretrain", "distill"])
 def test_the_printed_parameters_steps_and_memory_are_those_of_the_networks(stage: str) -> None:
-    recipe = read_recipe("demo", ("pretrain.student.embed_dim=256", "distill.student.embed_dim=192"))
+    recipe = read_recipe("laptop", ("pretrain.student.embed_dim=256", "distill.student.embed_dim=192"))
     config = getattr(recipe, stage)
     backbone = count(VisionTransformer(config.student))
     head = count(ProjectionHead(config.student.embed_dim, config.method.dino.head))
@@ -26,7 +26,7 @@ def test_the_printed_parameters_steps_and_memory_are_those_of_the_networks(stage
 
 
 def test_a_distillation_costs_more_with_a_larger_teacher() -> None:
-    recipe = read_recipe("demo")
+    recipe = read_recipe("laptop")
     small, large = (
         training_costs(recipe.distill, recipe.pretrain.student.model_copy(update={"depth": depth})) for depth in (2, 20)
     )

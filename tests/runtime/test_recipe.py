@@ -53,16 +53,16 @@ def test_every_shipped_recipe_is_valid_and_prints_its_costs(name: str, capsys, t
 
 def test_a_stage_key_at_the_top_of_a_whole_run_is_not_guessed() -> None:
     with pytest.raises(ConfigError, match=r"unknown key: optim\. Did you mean"):
-        read_recipe("demo", ("optim.lr=1",))
+        read_recipe("laptop", ("optim.lr=1",))
 
 
 def test_the_artifacts_of_a_recipe_bear_its_name_and_version() -> None:
-    recipe = read_recipe("demo", ("name=birds", "version=2024-05"))
+    recipe = read_recipe("laptop", ("name=birds", "version=2024-05"))
     assert str(recipe.ref("model")) == "model/birds@2024-05"
     assert str(recipe.ref("raw", "-heldout")) == "raw/birds-heldout@2024-05"
 
 
 def test_a_version_that_looks_like_a_number_is_a_name() -> None:
-    assert str(read_recipe("demo", ("version=2",)).ref("model")) == "model/demo@2"
+    assert str(read_recipe("laptop", ("version=2",)).ref("model")) == "model/demo@2"
     with pytest.raises(ConfigError, match=r"version=True: input should be a valid string"):
-        read_recipe("demo", ("version=true",))
+        read_recipe("laptop", ("version=true",))
