@@ -9,7 +9,8 @@ import torch
 
 from heliostat.data.batch import Batch
 from heliostat.models.config import BackboneConfig
-from heliostat.models.weights import from_fair_names, load_state, submodule_state
+from heliostat.models.names import from_fair_names
+from heliostat.models.weights import load_state, submodule_state
 from heliostat.training.config import DinoConfig, IbotConfig, MethodConfig, OptimConfig, TeacherConfig
 from heliostat.training.method import SelfDistillation
 from heliostat.training.param_groups import apply_step_values, build_param_groups, multipliers

@@ -13,8 +13,8 @@ _LOADING = """```python
 import json
 from safetensors.torch import load_file
 from heliostat.models.config import BackboneConfig
+from heliostat.models.names import from_fair_names
 from heliostat.models.vit import VisionTransformer
-from heliostat.models.weights import from_fair_names
 
 config = json.load(open("config.json"))
 backbone = VisionTransformer(BackboneConfig(**config["architecture"]))

@@ -7,9 +7,10 @@ import torch
 
 from heliostat.artifacts import Artifact
 from heliostat.errors import PublishError
+from heliostat.models.names import from_fair_names, to_fair_names
 from heliostat.models.stored import BACKBONE, ModelInfo, read_backbone, tensors_from_bytes, tensors_to_bytes
 from heliostat.models.vit import VisionTransformer
-from heliostat.models.weights import from_fair_names, load_state, to_fair_names
+from heliostat.models.weights import load_state
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"

@@ -1,8 +1,8 @@
 """The whole recipe: one section per stage. `heliostat run` takes those that are present, in order."""
 
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from heliostat.artifacts import ArtifactRef
 from heliostat.config import StrictModel, load_recipe
@@ -85,6 +85,39 @@ class Recipe(StrictModel):
     def ref(self, kind: str, suffix: str = "") -> ArtifactRef:
         """The artifact of this recipe of a kind."""
         return ArtifactRef(kind, f"{self.name}{suffix}", self.version)
+
+    @property
+    def models(self) -> dict[str, ArtifactRef]:
+        """The models that the recipe makes, by role, in the order they are made.
+
+        Roles are `model`, `model-<phase>`, and `student` or the students' names, each with its `-<phase>` and `-scratch`.
+        """
+        return self._pretrained() | self._distilled()
+
+    def maker_of(self, ref: ArtifactRef) -> str:
+        """The verb that makes a model of this recipe; empty for any other artifact."""
+        return "pretrain" if ref in self._pretrained().values() else "distill" if ref in self._distilled().values() else ""
+
+    def _pretrained(self) -> dict[str, ArtifactRef]:
+        if self.pretrain is None:
+            return {}
+        suffixes = ["", *(f"-{phase.name}" for phase in self.pretrain.phases)]
+        return {f"model{suffix}": self.ref("model", suffix) for suffix in suffixes}
+
+    def _distilled(self) -> dict[str, ArtifactRef]:
+        if self.distill is None:
+            return {}
+        suffixes = ["", *(f"-{phase.name}" for phase in self.distill.phases)]
+        suffixes += ["-scratch"] if self.distill.compare_with_scratch else []
+        roles = [f"{name or 'student'}{suffix}" for name in self.distill.backbones for suffix in suffixes]
+        return {role: self.ref("model", f"-{role}") for role in roles}
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        twice = set(self._pretrained().values()) & set(self._distilled().values())
+        if twice:
+            raise ValueError(f"{min(twice)} would be made by both pretrain and distill; rename the phase or the student")
+        return self
 
     @field_validator("name", "version", mode="before")
     @classmethod

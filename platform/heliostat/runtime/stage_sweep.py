@@ -142,7 +142,7 @@ def _run_trial(parameters: dict[str, Any], *, shared: _Shared) -> None:
     tags = {"mlflow.parentRunId": shared.parent_run} if shared.parent_run else {}
     run = shared.tracker.start(f"trial {trial.name}", config=config_of(config), tags=tags)
 
-    def report(metrics: Mapping[str, float], step: int) -> None:
+    def report(metrics: Mapping[str, float], step: int, model: str = "") -> None:
         run.log_metrics(metrics, step)
         relay.push(f"trial {trial.name}", metrics, step)
         if step % shared.report_every_steps == 0 or step == config.train.steps:
@@ -151,7 +151,7 @@ def _run_trial(parameters: dict[str, Any], *, shared: _Shared) -> None:
     status = "FAILED"
     try:
         summary = run_training(trial.job, World(), report, lambda text: relay.note(trial.name, f"trial {trial.name}: {text}"))
-        record = {"name": trial.name, "overrides": dict(trial.overrides), "metrics": summary["metrics"]}
+        record = {"name": trial.name, "overrides": dict(trial.overrides), "metrics": summary["metrics"][""]}
         files.put(_TRIAL, json.dumps(record, indent=1).encode())
         clean(files)
         status = "FINISHED"

@@ -1,12 +1,12 @@
 """The sections `pretrain` and `distill` of a recipe."""
 
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, StringConstraints, model_validator
 
 from heliostat.config import StrictModel, apply_overrides, validate
-from heliostat.errors import ConfigError
 from heliostat.data.config import CropsConfig, DecodeConfig, LoaderConfig
+from heliostat.errors import ConfigError
 from heliostat.models.config import BackboneConfig
 from heliostat.training.config import MethodConfig, OptimConfig
 from heliostat.training.schedules import check_schedules
@@ -174,6 +174,15 @@ class PretrainConfig(TrainingConfig):
     init: InitConfig = InitConfig()
     """Weights to go on from."""
 
+    @model_validator(mode="after")
+    def _check_init(self) -> Self:
+        if self.init.head_warmup_steps > self.train.steps:
+            raise ValueError(
+                f"init.head_warmup_steps {self.init.head_warmup_steps} exceeds the run of {self.train.steps} steps; "
+                f"use at most {self.train.steps} (then only heads are trained)"
+            )
+        return self
+
 
 class DistillConfig(TrainingConfig):
     """Training one student, or several, against one frozen teacher."""
@@ -185,7 +194,7 @@ class DistillConfig(TrainingConfig):
     teacher_head_steps: int = Field(default=0, ge=0)
     """Steps that train heads on a teacher whose weights come without any (its backbone stays as it is): becomes
     model/<recipe>-teacher. The losses compare prototypes, so a teacher without heads cannot teach."""
-    students: dict[Suffix, BackboneConfig] = {}
+    students: dict[Suffix, BackboneConfig] = Field(default_factory=dict)
     """Several students that share one teacher forward, by name: become model/<recipe>-<name>. Leave `student` out then."""
     compare_with_scratch: bool = False
     """Also train each student without the teacher for the same steps, as model/<recipe>-<student>-scratch, for the report."""
@@ -214,21 +223,25 @@ _WARMUPS = (
 )
 
 
+def compressed(plain: dict[str, Any], steps_before: int, steps: int) -> dict[str, Any]:
+    """A training section as plain values, shortened: its steps, and every warm-up in proportion. Changes `plain`."""
+    for section, key in _WARMUPS:
+        holder = plain["method"]["teacher"] if section == "teacher" else plain[section]
+        holder[key] = min(round(holder[key] * steps / steps_before), steps - 1)
+    plain["train"]["steps"] = steps
+    return plain
+
+
 def phase_config(base: Section, phase: PhaseConfig) -> Section:
     """The section of one phase: other crops, steps and learning rate, warm-ups shortened in proportion, no phases of its own.
 
     Raises ConfigError when the result is impossible, naming the phase.
     """
-    plain = base.model_dump(mode="json") | {"phases": []}
-    share = phase.steps / base.train.steps
-    for section, key in _WARMUPS:
-        holder = plain["method"]["teacher"] if section == "teacher" else plain[section]
-        holder[key] = min(round(holder[key] * share), phase.steps - 1)
-    for backbone in [plain["student"], *plain.get("students", {}).values()]:
+    plain = compressed(base.model_dump(mode="json") | {"phases": []}, base.train.steps, phase.steps)
+    for backbone in plain.get("students", {}).values() or [plain["student"]]:
         backbone["img_size"] = phase.global_crops_size
     plain["crops"] |= {"global_crops_size": phase.global_crops_size}
     plain["crops"] |= {"local_crops_size": phase.local_crops_size} if phase.local_crops_size else {}
-    plain["train"] |= {"steps": phase.steps}
     plain["train"] |= {"global_batch_size": phase.global_batch_size} if phase.global_batch_size else {}
     plain["optim"] |= {"lr": phase.lr} if phase.lr else {}
     if "init" in plain:
