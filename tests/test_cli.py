@@ -12,7 +12,7 @@ import pytest
 from heliostat import __version__
 from heliostat.artifacts import RECORD, ArtifactRef, ArtifactStore
 from heliostat.cli import OTHER_VERBS, STAGE_VERBS, main
-from heliostat.config import load_recipe
+from heliostat.config import load_recipe, shipped_recipes
 from heliostat.data.photographs import write_crops
 from heliostat.runtime.recipe import Recipe
 from heliostat.storage import LocalStore
@@ -72,7 +72,7 @@ def test_help_and_version_import_nothing_heavy(command: list[str]) -> None:
         (["pretrain", "laptop", "other"], "heliostat pretrain takes one recipe, got laptop other"),
         (["run", "laptpo"], "no recipe at laptpo. Did you mean laptop?"),
         (["run", "demo"], "no recipe at demo. Did you mean laptop?"),
-        (["run", "./missing.yaml"], "no recipe at ./missing.yaml. Shipped recipes: laptop"),
+        (["run", "./missing.yaml"], "no recipe at ./missing.yaml. Shipped recipes: distill_vitg14, laptop, "),
         (["pretrain", "laptop", "optim.rl=2e-4"], "unknown key: pretrain.optim.rl. Did you mean pretrain.optim.lr?"),
         (["run", "laptop", "pretrian.optim.lr=2e-4"], "unknown key: pretrian. Did you mean pretrain?"),
         (["pretrain", "laptop", "train.steps=many"], "pretrain.train.steps='many': input should be a valid integer"),
@@ -86,6 +86,36 @@ def test_help_and_version_import_nothing_heavy(command: list[str]) -> None:
             ["pretrain", "laptop", "crops.global_crops_size=36"],
             "crops.global_crops_size 36 is not divisible by student.patch_size 8; use 32 or 40",
         ),
+        (
+            ["pretrain", "vitl14", "crops.global_crops_size=225"],
+            "crops.global_crops_size 225 is not divisible by student.patch_size 14; use 224 or 238",
+        ),
+        (
+            ["pretrain", "vitl16_short", "crops.local_crops_size=98"],
+            "crops.local_crops_size 98 is not divisible by student.patch_size 16; use 96 or 112",
+        ),
+        (
+            ["pretrain", "vitl14", "train.global_batch_size=3000"],
+            "train.global_batch_size 3000 is not divisible by 96 workers; use 2976 or 3072",
+        ),
+        (
+            ["run", "vitl14", "pretrain.phases=[{name: big, steps: 10, global_crops_size: 500}]"],
+            "phase big: student: img_size 500 is not divisible by patch_size 14; use 490 or 504",
+        ),
+        (
+            ["run", "laptop", "evaluate.pca_image_size=300"],
+            "evaluate.pca_image_size 300 is not divisible by the models' patch_size 8; use 296 or 304",
+        ),
+        (
+            ["pretrain", "laptop", "method.dino.head_n_prototypes=0"],
+            "pretrain.method.dino.head_n_prototypes=0: input should be greater than or equal to 2",
+        ),
+        (["run", "vitg41"], "no recipe at vitg41. Did you mean vitg14?"),
+        (
+            ["ingest", "vitl14"],
+            "recipe vitl14 has no section ingest; it has curate, pretrain, publish. To add it give ingest.pool=",
+        ),
+        (["evaluate", "vitl14"], "has no section evaluate; it has curate, pretrain, publish. To add it give evaluate={}"),
         (["pretrain", "laptop", "train.steps=5"], "warmup_steps 30 does not end within a run of 5 steps; use at most 4"),
         (["lineage", "model-demo"], "'model-demo' is not an artifact; write kind/name@version"),
         (["lineage", "modle/demo@1"], "'modle/demo@1' is not an artifact; write kind/name@version with kind one of raw,"),
@@ -282,4 +312,6 @@ def test_lineage_and_artifacts_print_what_a_store_holds(capsys: pytest.CaptureFi
 
 def test_the_shipped_recipes_are_listed_with_their_first_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes"]) == 0
-    assert capsys.readouterr().out.startswith("laptop ")
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed] == shipped_recipes()
+    assert all(len(line.split(maxsplit=1)[1]) > 20 for line in listed)
