@@ -285,3 +285,14 @@ def test_what_the_guide_says_about_errors_is_what_is_printed(tmp_path: Path) -> 
     with pytest.raises(HeliostatError) as refused:
         read_recipe("laptop", ("pretrain.optim.rl=1",))
     assert str(refused.value).removeprefix("laptop.yaml: ") in guide
+
+
+def test_the_method_page_runs_from_top_to_bottom() -> None:
+    """Block after block in one namespace, as a reader would paste them."""
+    namespace: dict[str, object] = {}
+    for number, block in enumerate(blocks(DOCS / "reference" / "method.md")):
+        if block.language == "python":
+            exec(compile(block.text, f"method.md, block {number}", "exec"), namespace)
+    result = namespace["result"]
+    assert set(result.losses) == {f"small/{name}" for name in ("dino_global", "dino_local", "ibot", "koleo")}
+    assert result.not_finite == []

@@ -114,8 +114,13 @@ def test_changed_inputs_under_a_finished_version_are_refused(context: Context) -
 def test_a_missing_input_names_the_verb_that_makes_it(context: Context) -> None:
     with pytest.raises(ArtifactNotFoundError, match=r"no artifact report/x@1 .*`heliostat evaluate` makes it"):
         context.load(ArtifactRef("report", "x", "1"))
-    with pytest.raises(ArtifactNotFoundError, match="`heliostat distill` makes it"):
-        context.load(ArtifactRef("model", "x-student", "1"))
+    with pytest.raises(ArtifactNotFoundError, match="`heliostat pretrain` makes it"):
+        context.load(ArtifactRef("model", "another", "1"))
+    distill = {"students": {"small": {"arch": "vit_tiny"}}, "train": {"steps": 625_000}, "compare_with_scratch": True}
+    context.recipe = Recipe.model_validate({"name": "numbers", "distill": distill})
+    for name in ("numbers-small", "numbers-small-scratch"):
+        with pytest.raises(ArtifactNotFoundError, match="`heliostat distill` makes it"):
+            context.load(ArtifactRef("model", name, "1"))
 
 
 @pytest.mark.parametrize(

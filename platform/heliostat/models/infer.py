@@ -11,7 +11,7 @@ from heliostat.errors import CheckpointError
 from heliostat.models.config import ARCH_SIZES, ArchSize, BackboneConfig
 from heliostat.models.names import State, is_square
 
-_HEAD_WIDTH = 64  # every released DINOv2 model: embed_dim / num_heads, Table 17 of arXiv 2304.07193
+HEAD_WIDTH = 64  # every released DINOv2 model: embed_dim / num_heads, Table 17 of arXiv 2304.07193
 
 
 def infer_config(state: State, num_heads: int | None, what: str) -> BackboneConfig:
@@ -79,12 +79,12 @@ def _depth(state: State, what: str) -> int:
 
 
 def _released_heads(embed_dim: int, what: str) -> int:
-    if embed_dim % _HEAD_WIDTH:
+    if embed_dim % HEAD_WIDTH:
         raise CheckpointError(
-            f"{what} does not say num_heads, and width {embed_dim} is not divisible by {_HEAD_WIDTH}, the width of every "
+            f"{what} does not say num_heads, and width {embed_dim} is not divisible by {HEAD_WIDTH}, the width of every "
             "released DINOv2 head; give a folder with the config.json that names num_heads"
         )
-    return embed_dim // _HEAD_WIDTH
+    return embed_dim // HEAD_WIDTH
 
 
 def _ratios(embed_dim: int, hidden: int) -> Iterator[float]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from heliostat.config import StrictModel, validate
 from heliostat.errors import CheckpointError, ConfigError
 from heliostat.models.config import BackboneConfig
-from heliostat.models.infer import infer_config
+from heliostat.models.infer import HEAD_WIDTH, infer_config
 from heliostat.models.names import Layout, State, detect_layout, from_fair_names, to_our_names, with_mask_token
 from heliostat.models.stored import BACKBONE, HEADS, MODEL_JSON, ModelInfo
 from heliostat.models.vit import VisionTransformer
@@ -32,6 +32,7 @@ WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 _INDEX = "model.safetensors.index.json"
 _HUGGINGFACE_TYPES = ("dinov2", "dinov2_with_registers")
+_HEADS = ("dino_head.", "ibot_head.", "dino_targets.", "ibot_targets.")
 _CLASSIFIERS = ("classifier.", "head.")  # of Dinov2ForImageClassification and timm; the features do not pass through them
 # Arguments of timm's constructor that change sizes, which the tensors show as well; any other could change the function.
 _TIMM_SIZES = {"img_size", "patch_size", "in_chans", "num_classes", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias"}
@@ -56,7 +57,7 @@ class PublicWeights:
     backbone: State
     """Our names, without a prefix."""
     heads: State
-    """`dino_head.*` and `ibot_head.*` under our names; empty where the file has none."""
+    """`dino_head.*`, `ibot_head.*`, centres (`*_targets.*`, own models only) under our names; empty where there are none."""
     config: BackboneConfig
     """What the tensors, and config.json where there is one, say."""
     layout: Layout
@@ -77,8 +78,10 @@ class _Found:
     num_heads: int | None = None
 
 
-def read_public_weights(path: Path) -> PublicWeights:
+def read_public_weights(path: Path, *, num_heads: int | None = None) -> PublicWeights:
     """Read a backbone from a file or folder. Raises CheckpointError, in one line, for whatever is torn, foreign or unknown.
+
+    num_heads is used where no config.json tells the attention heads; without it they are 64 wide, as all released ones are.
 
     Layouts: DINOv2's own, released or in a training checkpoint (`teacher`); `Dinov2Model` and `Dinov2WithRegistersModel` of
     transformers; `vit_*_dinov2` of timm. timm drops the mask token: it is then zero, as DINOv2 initialises it (see `notes`).
@@ -91,7 +94,9 @@ def read_public_weights(path: Path) -> PublicWeights:
     layout = detect_layout(state, what)
     state, converted = _as_float32(to_our_names(state, layout), what)
     backbone, added = with_mask_token(state)
-    config = found.config or infer_config(backbone, found.num_heads, what)
+    config = found.config or infer_config(backbone, found.num_heads or num_heads, what)
+    if found.config is None and found.num_heads is None and config.num_heads * HEAD_WIDTH != config.embed_dim:
+        added += (f"does not tell its attention heads, {config.num_heads} are taken on trust",)
     with torch.device("meta"):  # shapes only: no memory, no random numbers
         network = VisionTransformer(config)
     check_state(network, backbone, what)
@@ -219,7 +224,7 @@ def _split(state: State) -> tuple[State, State, tuple[str, ...]]:
     """Backbone without its prefix, heads, and what was left out."""
     if any(key.startswith("backbone.") for key in state):
         backbone = submodule_state(state, "backbone")
-        heads = {key: tensor for key, tensor in state.items() if key.startswith(("dino_head.", "ibot_head."))}
+        heads = {key: tensor for key, tensor in state.items() if key.startswith(_HEADS)}
     else:
         backbone = {key: tensor for key, tensor in state.items() if not key.startswith(_CLASSIFIERS)}
         heads = {}

@@ -153,7 +153,8 @@ def make_together(
         for name, draft in drafts.items():
             made[name] = _commit(draft)
             counts = ", ".join(f"{value:,} {what}" for what, value in made[name].record.counts.items())
-            context.progress.say(f"          done in {time.monotonic() - started:.0f} s: {counts}")
+            which = f"{draft.ref} " if len(plans) > 1 else ""
+            context.progress.say(f"          {which}done in {time.monotonic() - started:.0f} s: {counts}")
     return {name: artifact if isinstance(artifact, Artifact) else made[name] for name, artifact in found.items()}
 
 

@@ -26,7 +26,7 @@ from heliostat.training.recipe import (
     phase_config,
 )
 from heliostat.training.run import FrozenTeacher, TrainingJob
-from heliostat.training.start import StartingWeights, fit_backbone
+from heliostat.training.start import StartingWeights, check_fit, fit_backbone
 
 # What changes speed, safety or place but not the result. Names of other artifacts enter through the inputs' fingerprints.
 NOT_IN_FINGERPRINT = ("data", "scaling", "loader", "phases", "train.checkpoint_every_steps", "train.keep_checkpoints")
@@ -54,7 +54,9 @@ def readable_rows(images: Artifact) -> pa.Table:
 def pretrain(context: Context, config: PretrainConfig) -> Artifact:
     """Train the recipe's model, then its further phases, each from the weights of the one before. Returns the last one."""
     images = training_images(context, config.data)
-    init = open_weights(context, config.init.weights) if config.init.weights else None
+    init = None
+    if config.init.weights:
+        init = open_weights(context, config.init.weights, num_heads=config.student.num_heads)
     model = _pretrain_one(context, config, context.recipe.ref("model"), images=images, init=init)
     for phase in config.phases:
         ref, before = context.recipe.ref("model", f"-{phase.name}"), WeightSource.of_artifact(model)
@@ -71,6 +73,8 @@ def _pretrain_one(
     init: WeightSource | None,
     stage: str = "pretrain",
 ) -> Artifact:
+    if init is not None:
+        check_fit(init.what, init.config, config.student)
     settings = config_of(config, without=NOT_IN_FINGERPRINT + _OF_INIT)
     plan = Plan(ref, settings | _identity(init=init), {"data": images} | _inputs(init=init))
 

@@ -139,7 +139,7 @@ def build_engine(
     dtype: torch.dtype = torch.float32,
     keep_gradients: bool = False,
 ) -> TorchEngine:
-    """The engine of a method's networks, whose children are clipped one by one: `backbone`, `dino_head`, `small/backbone` ..."""
+    """The engine of a method's networks; children are clipped one by one: `backbone`, `dino_head`, `small/backbone` ..."""
     submodules = {
         f"{name}/{child}" if name else child: module
         for name, network in networks.items()

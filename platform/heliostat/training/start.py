@@ -7,7 +7,8 @@ from torch import nn
 
 from heliostat.errors import CheckpointError
 from heliostat.models.config import BackboneConfig
-from heliostat.models.weights import State, fit_pos_embed, load_state, submodule_state
+from heliostat.models.names import State
+from heliostat.models.weights import fit_pos_embed, load_state, submodule_state
 from heliostat.training.method import Network
 
 
@@ -49,16 +50,21 @@ _SHARED = (
 )
 
 
-def fit_backbone(start: StartingWeights, config: BackboneConfig) -> StartingWeights:
-    """The weights with the position embedding resized to the config's native grid; everything else must fit as it is.
+def check_fit(what: str, theirs: BackboneConfig, ours: BackboneConfig) -> None:
+    """Raise CheckpointError that names the first setting in which a student differs from given weights.
 
-    Raises CheckpointError that names the first setting that differs.
+    The native image size may differ: the position embedding is resized.
     """
     for name in _SHARED:
-        theirs, ours = getattr(start.config, name), getattr(config, name)
-        if theirs != ours:
+        found, wanted = getattr(theirs, name), getattr(ours, name)
+        if found != wanted:
             key = "mlp_ratio" if name == "mlp_hidden_dim" else name
-            raise CheckpointError(f"student.{name} is {ours}, {start.what} has {theirs}; set student.{key} to fit the weights")
+            raise CheckpointError(f"student.{name} is {wanted}, {what} has {found}; set student.{key} to fit the weights")
+
+
+def fit_backbone(start: StartingWeights, config: BackboneConfig) -> StartingWeights:
+    """The weights with the position embedding resized to the config's native grid. Raises as `check_fit`."""
+    check_fit(start.what, start.config, config)
     return replace(start, config=config, backbone=fit_pos_embed(start.backbone, config))
 
 
