@@ -86,7 +86,7 @@ def check_heliostat(words: list[str]) -> str:
     if not request.words and request.verb != "demo":
         assert any(override.startswith("data=") for override in request.overrides), words
         return target
-    name = request.words[0] if request.words else "demo"
+    name = request.words[0] if request.words else "laptop"
     check_recipe(read_recipe(name, request.overrides, stage), stage)
     return target
 
@@ -141,7 +141,7 @@ def test_every_command_of_a_guide_is_one_that_works(path: Path, tmp_path: Path, 
     monkeypatch.chdir(tmp_path)
     minimal = (
         "name: birds\ningest: {pool: ./photos}\ncurate: {}\npretrain:\n"
-        + find_recipe("demo").read_text(encoding="utf-8").partition("\npretrain:\n")[2].partition("\nsweep:")[0]
+        + find_recipe("laptop").read_text(encoding="utf-8").partition("\npretrain:\n")[2].partition("\nsweep:")[0]
     )
     for name in ("birds.yaml", "photos.yaml"):  # pages other than own_data.md take these from the reader
         (tmp_path / name).write_text(minimal, encoding="utf-8")
@@ -156,17 +156,17 @@ def test_every_command_of_a_guide_is_one_that_works(path: Path, tmp_path: Path, 
 @pytest.mark.parametrize(
     ("line", "error"),
     [
-        ("heliostat pretain demo", UsageError),
-        ("heliostat pretrain demo optim.rl=1", AssertionError),
-        ("heliostat pretrain demo optim.lr=fast", UsageError),
+        ("heliostat pretain laptop", UsageError),
+        ("heliostat pretrain laptop optim.rl=1", AssertionError),
+        ("heliostat pretrain laptop optim.lr=fast", UsageError),
         ("heliostat run nowhere.yaml", UsageError),
         ("heliostat pretrain", AssertionError),
         ("heliostat lineage demo", UsageError),
         ("heliostat artifacts demo.store=x", AssertionError),
-        ("heliostat pretrain demo train.steps=20", UsageError),
+        ("heliostat pretrain laptop train.steps=20", UsageError),
         ("make everything", AssertionError),
-        ("python jobs/train.py demo", AssertionError),
-        ("ray job submit --address http://127.0.0.1:8265 --working-dir . -- python jobs/run.py demo version=a/b", UsageError),
+        ("python jobs/train.py laptop", AssertionError),
+        ("ray job submit --address http://127.0.0.1:8265 --working-dir . -- python jobs/run.py laptop version=a/b", UsageError),
         ("ray up cluster.yaml", AssertionError),
         ("conda install heliostat", AssertionError),
     ],
@@ -262,7 +262,7 @@ def test_the_first_commands_of_the_guide_to_own_data_run_as_they_stand(tmp_path:
     assert "reused, made" in outputs["heliostat ingest birds.yaml"]
     assert "Ray:" not in outputs["heliostat ingest birds.yaml"]
     assert outputs["heliostat curate birds.yaml --dry-run"].startswith("name: birds\n")
-    assert outputs["heliostat recipes"].startswith("demo ")
+    assert "\nlaptop " in outputs["heliostat recipes"]
 
 
 def test_a_chosen_recipe_can_be_kept_and_run_as_the_readme_says(
@@ -283,8 +283,8 @@ def test_a_chosen_recipe_can_be_kept_and_run_as_the_readme_says(
 def test_what_the_guide_says_about_errors_is_what_is_printed(tmp_path: Path) -> None:
     guide = (DOCS / "guides" / "own_data.md").read_text(encoding="utf-8")
     with pytest.raises(HeliostatError) as refused:
-        read_recipe("demo", ("pretrain.optim.rl=1",))
-    assert str(refused.value).removeprefix("demo.yaml: ") in guide
+        read_recipe("laptop", ("pretrain.optim.rl=1",))
+    assert str(refused.value).removeprefix("laptop.yaml: ") in guide
 
 
 def test_the_method_page_runs_from_top_to_bottom() -> None:

@@ -119,6 +119,20 @@ class Recipe(StrictModel):
             raise ValueError(f"{min(twice)} would be made by both pretrain and distill; rename the phase or the student")
         return self
 
+    @model_validator(mode="after")
+    def _check_evaluated_sizes(self) -> Self:
+        """Found now rather than after the training."""
+        sections = [section for section in (self.pretrain, self.distill) if section is not None]
+        patches = {backbone.patch_size for section in sections for backbone in section.backbones.values()}
+        for name in ("image_size", "pca_image_size") if self.evaluate is not None else ():
+            size = getattr(self.evaluate, name)
+            for patch in patches:
+                if size % patch:
+                    lower = size // patch * patch
+                    advice = " or ".join(str(value) for value in (lower, lower + patch) if value)
+                    raise ValueError(f"evaluate.{name} {size} is not divisible by the models' patch_size {patch}; use {advice}")
+        return self
+
     @field_validator("name", "version", mode="before")
     @classmethod
     def _number_as_text(cls, value: Any) -> Any:

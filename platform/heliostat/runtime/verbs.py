@@ -76,10 +76,12 @@ def run_recipe(name: str, overrides: Sequence[str], *, stage: str = "", dry_run:
     recipe, choices = _recipe(name, overrides, stage)
     stages = [stage] if stage and not choices else recipe.stages
     if dry_run:
-        from heliostat.runtime.dry_run import print_costs
+        from heliostat.runtime.dry_run import cost_lines
 
+        lines = cost_lines(recipe, stages)  # first, for it may refuse
         print(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False, width=120), end="")
-        print_costs(recipe, stages)
+        for line in lines:
+            print(line)
         return
     progress = Progress()
     for choice in choices:
@@ -103,8 +105,16 @@ def _recipe(name: str, overrides: Sequence[str], stage: str) -> tuple[Recipe, "l
     recipe = read_recipe(name, tuple(overrides), stage)
     if stage and getattr(recipe, stage) is None:
         has = ", ".join(recipe.stages) or "no stage"
-        raise UsageError(f"recipe {name} has no section {stage}; it has {has}")
+        raise UsageError(f"recipe {name} has no section {stage}; it has {has}. To add it give {_smallest_section(stage)}")
     return recipe, []
+
+
+def _smallest_section(stage: str) -> str:
+    """The override that adds a section with nothing but what it must have."""
+    section = Recipe.model_fields[stage].annotation
+    (model,) = (one for one in getattr(section, "__args__", ()) if one is not type(None))
+    required = [key for key, field in model.model_fields.items() if field.is_required()]
+    return f"{stage}.{required[0]}=..." if required else f"{stage}={{}}"
 
 
 def run_stage(context: Context, stage: str) -> Artifact:
