@@ -92,6 +92,8 @@ def read_public_weights(path: Path) -> PublicWeights:
     state, converted = _as_float32(to_our_names(state, layout), what)
     backbone, added = with_mask_token(state)
     config = found.config or infer_config(backbone, found.num_heads, what)
+    if not config.num_register_tokens and "register_tokens" in backbone and backbone["register_tokens"].numel() == 0:
+        del backbone["register_tokens"]  # a tensor of no registers only told the convention of the position embedding
     with torch.device("meta"):  # shapes only: no memory, no random numbers
         network = VisionTransformer(config)
     check_state(network, backbone, what)
