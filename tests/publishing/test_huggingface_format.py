@@ -58,10 +58,10 @@ def test_other_sizes_agree_with_registers_and_without_them_differ_by_the_offset(
         ("swiglu", {"ffn_bias": False}, r"always have a bias \(proj_bias=True, ffn_bias=False\)"),
         ("mlp", {"in_chans": 1}, r"RGB only \(in_chans=1\)"),
         ("mlp", {"mlp_ratio": 2.5}, r"whole number \(mlp_ratio=2\.5\)"),
-        ("mlp", {"interpolate_antialias": True}, r"with 0 registers .* interpolate_antialias=False and without an offset"),
+        ("mlp", {"interpolate_antialias": True}, r"without an offset \(interpolate_offset=0\.1\)"),
         ("mlp", {"interpolate_offset": 0.2}, r"interpolate_offset=0\.2"),
         ("mlp_registers", {"interpolate_offset": 0.1}, r"interpolate_offset=0\.1"),
-        ("mlp_registers", {"interpolate_antialias": False}, r"with 3 registers .* interpolate_antialias=True"),
+        ("mlp_registers", {"interpolate_antialias": False}, r"always antialiases .*\(num_register_tokens=3\)"),
     ],
 )
 def test_what_transformers_cannot_hold_is_named(variant, changes, reason):
@@ -83,6 +83,18 @@ def test_the_image_processor_makes_the_pixels_that_the_model_expects(tmp_path):
     torch.testing.assert_close(pixels[0], expected.permute(2, 0, 1), atol=1e-5, rtol=0)
     wide = Image.fromarray(np.zeros((64, 100, 3), dtype=np.uint8))
     assert processor(wide, return_tensors="pt").pixel_values.shape == (1, 3, 32, 32)
+
+
+@pytest.mark.parametrize("variant", ["mlp", "swiglu"])
+def test_a_model_without_registers_that_antialiases_is_written_as_one_with_none_of_them(tmp_path, variant):
+    config = tiny_config(variant, interpolate_antialias=True, interpolate_offset=0.0)
+    backbone = random_backbone(config)
+    huggingface_format.write(backbone, info_of(config), tmp_path)
+    for size in ((32, 32), (48, 24), (16, 8)):
+        images = random_images(config, size=size)
+        assert largest_difference(tokens(backbone, images), huggingface_format.read_back(tmp_path, images)) < 1e-4
+    assert read_public_weights(tmp_path).config == config
+    assert read_public_weights(tmp_path / "model.safetensors").config == config
 
 
 def test_a_weight_that_transformers_does_not_find_is_an_error_although_no_feature_shows_it(tmp_path):

@@ -18,7 +18,8 @@ def infer_config(state: State, num_heads: int | None, what: str) -> BackboneConf
     """The configuration that a backbone's state (our names) was made with; `what` names the state in errors.
 
     num_heads cannot be seen in tensors: None takes embed_dim / 64. The position embedding's convention cannot be either, and
-    follows the released models: antialiased without an offset with registers, offset 0.1 without. Drop path and the initial
+    follows the released models: antialiased without an offset where there is a tensor of registers (even one of none, which
+    `publishing/huggingface_format.py` writes to say so), offset 0.1 where there is not. Drop path and the initial
     LayerScale leave no trace and keep their defaults. Raises CheckpointError when the tensors are not of a DINOv2 backbone
     or num_heads does not divide their width.
     """
@@ -34,7 +35,7 @@ def infer_config(state: State, num_heads: int | None, what: str) -> BackboneConf
         raise CheckpointError(
             f"{what} has tokens of width {embed_dim}, which num_heads {size.num_heads} of its config does not divide"
         )
-    registers = _shape(state, "register_tokens", 3, what)[1] if "register_tokens" in state else 0
+    with_registers = "register_tokens" in state
     sizes = {
         "arch": next((name for name, known in ARCH_SIZES.items() if known == size), "vit_small"),
         **size._asdict(),
@@ -43,9 +44,9 @@ def infer_config(state: State, num_heads: int | None, what: str) -> BackboneConf
         "in_chans": in_chans,
         "qkv_bias": "blocks.0.attn.qkv.bias" in state,
         "proj_bias": "blocks.0.attn.proj.bias" in state,
-        "num_register_tokens": registers,
-        "interpolate_antialias": registers > 0,
-        "interpolate_offset": 0.0 if registers else 0.1,
+        "num_register_tokens": _shape(state, "register_tokens", 3, what)[1] if with_registers else 0,
+        "interpolate_antialias": with_registers,
+        "interpolate_offset": 0.0 if with_registers else 0.1,
     }
     if "blocks.0.mlp.w12.weight" in state:
         hidden, bias = _shape(state, "blocks.0.mlp.w3.weight", 2, what)[1], "blocks.0.mlp.w3.bias" in state
@@ -65,7 +66,7 @@ def infer_config(state: State, num_heads: int | None, what: str) -> BackboneConf
 
 def _shape(state: State, key: str, ndim: int, what: str) -> tuple[int, ...]:
     tensor: Tensor | None = state.get(key)
-    if tensor is None or tensor.ndim != ndim or 0 in tensor.shape:
+    if tensor is None or tensor.ndim != ndim or (0 in tensor.shape and key != "register_tokens"):
         found = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
         raise CheckpointError(f"{what} is no DINOv2 backbone: {key} {found}, expected a tensor of {ndim} dimensions")
     return tuple(tensor.shape)

@@ -97,6 +97,8 @@ def read_public_weights(path: Path, *, num_heads: int | None = None) -> PublicWe
     config = found.config or infer_config(backbone, found.num_heads or num_heads, what)
     if found.config is None and found.num_heads is None and config.num_heads * HEAD_WIDTH != config.embed_dim:
         added += (f"does not tell its attention heads, {config.num_heads} are taken on trust",)
+    if not config.num_register_tokens and "register_tokens" in backbone and backbone["register_tokens"].numel() == 0:
+        del backbone["register_tokens"]  # a tensor of no registers only told the convention of the position embedding
     with torch.device("meta"):  # shapes only: no memory, no random numbers
         network = VisionTransformer(config)
     check_state(network, backbone, what)

@@ -80,7 +80,7 @@ def largest_difference(ours: Tokens, theirs: Tokens) -> float:
     if [part.shape for part in ours] != [part.shape for part in theirs]:
         return float("inf")
     pairs = zip(ours, theirs, strict=True)
-    return float(torch.stack([(one - other).abs().max() for one, other in pairs if one.numel()]).max())
+    return float(torch.stack([(one - other).detach().abs().max() for one, other in pairs if one.numel()]).max())
 
 
 def preprocessing(info: ModelInfo) -> dict[str, object]:

@@ -1,4 +1,8 @@
-"""The backbone as a folder that `transformers.AutoModel` loads: Dinov2Model, with registers Dinov2WithRegistersModel."""
+"""The backbone as a folder that `transformers.AutoModel` loads.
+
+Dinov2WithRegistersModel resizes the position embedding antialiased, Dinov2Model does not: that decides between them. A model
+without registers that antialiases is written as one with registers, none of them.
+"""
 
 import contextlib
 import json
@@ -6,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from heliostat.errors import PublishError
@@ -26,9 +31,9 @@ _PREPROCESSOR = "preprocessor_config.json"
 def refusal(config: BackboneConfig) -> str:
     """The first thing that neither class of transformers can say.
 
-    Both resize the position embedding in a fixed way: antialiased with registers, not without, never with an offset. Released
-    models without registers have an offset of 0.1, which their copies on the hub leave out as well: it is let through, as it
-    does not touch the native size, and the card says so.
+    Each resizes the position embedding in its own way, and neither with an offset. Released models without registers have an
+    offset of 0.1, which their copies on the hub leave out as well: it is let through, as it does not touch the native size, and
+    the card says so.
     """
     if not config.proj_bias or not config.ffn_bias:
         return f"its linears after attention always have a bias (proj_bias={config.proj_bias}, ffn_bias={config.ffn_bias})"
@@ -36,15 +41,10 @@ def refusal(config: BackboneConfig) -> str:
         return f"its image processor knows RGB only (in_chans={config.in_chans})"
     if _whole_mlp_ratio(config) is None:
         return f"its mlp_ratio is a whole number (mlp_ratio={config.mlp_ratio})"
-    with_registers = config.num_register_tokens > 0
-    if config.interpolate_antialias != with_registers or config.interpolate_offset not in (
-        (0.0,) if with_registers else (0.0, 0.1)
-    ):
-        return (
-            f"with {config.num_register_tokens} registers it resizes the position embedding with "
-            f"interpolate_antialias={with_registers} and without an offset "
-            f"(interpolate_antialias={config.interpolate_antialias}, interpolate_offset={config.interpolate_offset})"
-        )
+    if config.num_register_tokens and not config.interpolate_antialias:
+        return f"with registers it always antialiases the position embedding (num_register_tokens={config.num_register_tokens})"
+    if config.interpolate_offset not in ((0.0,) if config.interpolate_antialias else (0.0, 0.1)):
+        return f"it resizes the position embedding without an offset (interpolate_offset={config.interpolate_offset})"
     return ""
 
 
@@ -58,13 +58,16 @@ def _whole_mlp_ratio(config: BackboneConfig) -> int | None:
 
 def write(backbone: VisionTransformer, info: ModelInfo, folder: Path) -> None:
     """Write `model.safetensors`, `config.json` and `preprocessor_config.json`."""
-    write_weights(folder / WEIGHTS, to_huggingface_names(backbone.state_dict()), {"format": "pt"})
+    state = backbone.state_dict()
+    if info.backbone.interpolate_antialias and not info.backbone.num_register_tokens:
+        state["register_tokens"] = torch.zeros(1, 0, info.backbone.embed_dim)
+    write_weights(folder / WEIGHTS, to_huggingface_names(state), {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(_config(info.backbone), indent=1) + "\n", encoding="utf-8")
     (folder / _PREPROCESSOR).write_text(json.dumps(_preprocessor(info), indent=1) + "\n", encoding="utf-8")
 
 
 def _config(config: BackboneConfig) -> dict[str, Any]:
-    registers = config.num_register_tokens
+    registers = config.interpolate_antialias
     return {
         "architectures": ["Dinov2WithRegistersModel" if registers else "Dinov2Model"],
         "model_type": "dinov2_with_registers" if registers else "dinov2",
@@ -81,7 +84,7 @@ def _config(config: BackboneConfig) -> dict[str, Any]:
         "patch_size": config.patch_size,
         "num_channels": config.in_chans,
         "dtype": "float32",
-    } | ({"num_register_tokens": registers} if registers else {"use_mask_token": True})
+    } | ({"num_register_tokens": config.num_register_tokens} if registers else {"use_mask_token": True})
 
 
 def _preprocessor(info: ModelInfo) -> dict[str, Any]:
