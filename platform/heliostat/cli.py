@@ -23,7 +23,7 @@ STAGE_VERBS = {
     "sweep": "try settings side by side: sweep/<name>@<version>",
     "distill": "train a smaller student of the model: model/<name>-student@<version>",
     "evaluate": "k-NN and linear probe against baselines: report/<name>@<version>",
-    "publish": "safetensors and model card, checked: release/<name>@<version>",
+    "publish": "weights in the formats of others and a model card, checked: release/<name>@<version>",
 }
 OTHER_VERBS = {
     "run": "all stages of a recipe in order; finished ones are reused",

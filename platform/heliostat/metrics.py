@@ -69,7 +69,11 @@ _TABLE = (
     Metric("curate/rows_kept", "images", "images in the curated set", live=True),
     Metric("curate/shards_done", "shards", "shards whose embeddings are complete", live=True),
     Metric("evaluate/knn_accuracy", "1", "weighted k-NN top-1 accuracy on held-out images"),
-    Metric("publish/largest_difference", "1", "largest difference between the published file's features and the model's"),
+    Metric(
+        "publish/largest_difference",
+        "1",
+        "largest difference of any token between the model and a published format, over all formats",
+    ),
     Metric("evaluate/linear_accuracy", "1", "linear probe top-1 accuracy on held-out images"),
 )
 

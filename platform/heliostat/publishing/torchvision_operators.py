@@ -6,6 +6,7 @@ operators do not exist, and the import fails. No DINOv2 model calls them (they t
 declared without an implementation, and only where the import failed for exactly that reason; calling one still fails, by name.
 """
 
+import importlib.util
 import re
 
 import torch
@@ -18,14 +19,17 @@ _declared: list[torch.library.Library] = []  # an operator lives as long as the 
 
 
 def import_torchvision() -> None:
-    """Import torchvision, so that transformers and timm can be. Raises PublishError when it cannot be."""
+    """Import torchvision, so that transformers and timm can be. Raises PublishError when it is there and cannot be imported."""
+    if importlib.util.find_spec("torchvision") is None:
+        return  # timm says so itself, transformers does without
     for _ in range(len(_OPERATORS) + 1):
         try:
             import torchvision  # noqa: F401
         except RuntimeError as error:
             found = re.fullmatch(r"operator torchvision::(\w+) does not exist", str(error))
             if found is None or found[1] not in _OPERATORS:
-                raise PublishError(f"torchvision cannot be imported: {error}; install the build that fits torch") from error
+                reason = str(error).splitlines()[0]
+                raise PublishError(f"torchvision cannot be imported: {reason}; install the build that fits torch") from error
             _declare(found[1])
         else:
             return

@@ -75,6 +75,10 @@ def run_recipe(name: str, overrides: Sequence[str], *, stage: str = "", dry_run:
     """Run one stage of a recipe, or all of them; with `dry_run` print what it would be and cost."""
     recipe, choices = _recipe(name, overrides, stage)
     stages = [stage] if stage and not choices else recipe.stages
+    if "publish" in stages:
+        from heliostat.runtime.stage_publish import check_publish
+
+        check_publish(recipe)
     if dry_run:
         from heliostat.runtime.dry_run import cost_lines
 
