@@ -8,6 +8,7 @@ from heliostat.artifacts import ArtifactRef
 from heliostat.config import StrictModel, load_recipe
 from heliostat.curation.config import CurateConfig
 from heliostat.data.config import DecodeConfig, PhotographPoolConfig
+from heliostat.errors import UsageError
 from heliostat.evaluation.config import EvaluateConfig
 from heliostat.publishing.config import PublishConfig
 from heliostat.runtime.config import ClusterConfig, SweepConfig
@@ -111,6 +112,15 @@ class Recipe(StrictModel):
         suffixes += ["-scratch"] if self.distill.compare_with_scratch else []
         roles = [f"{name or 'student'}{suffix}" for name in self.distill.backbones for suffix in suffixes]
         return {role: self.ref("model", f"-{role}") for role in roles}
+
+    @property
+    def final_model(self) -> ArtifactRef:
+        """The model that the recipe is for: the last phase of its student, or of its model. Raises UsageError for several."""
+        if self.distill is not None and len(self.distill.backbones) > 1:
+            names = ", ".join(str(self.ref("model", f"-{name}")) for name in self.distill.backbones)
+            raise UsageError(f"recipe {self.name} makes several students ({names}); give publish.model=... to choose one")
+        made = [ref for role, ref in (self._distilled() or self._pretrained()).items() if not role.endswith("-scratch")]
+        return made[-1] if made else self.ref("model")
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:

@@ -23,16 +23,14 @@ def check_publish(recipe: Recipe) -> None:
         return
     check_libraries(config.formats)
     if trained is not None and not config.model:
-        check_architecture(config.formats, trained.student)
+        _ = recipe.final_model  # one student, or the recipe has to say which
+        check_architecture(config.formats, next(iter(trained.backbones.values())))
 
 
 def publish(context: Context, config: PublishConfig) -> Artifact:
     """Make the recipe's release."""
     recipe = context.recipe
-    if config.model:
-        ref = ArtifactRef.parse(config.model)
-    else:
-        ref = recipe.ref("model", "-student" if recipe.distill is not None else "")
+    ref = ArtifactRef.parse(config.model) if config.model else recipe.final_model
     inputs = {"model": context.load(ref)}
     if recipe.evaluate is not None:
         inputs["report"] = context.load(recipe.ref("report"))
