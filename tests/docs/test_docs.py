@@ -18,7 +18,7 @@ import pytest
 
 from heliostat.artifacts import ArtifactRef
 from heliostat.cli import STAGE_VERBS, parse
-from heliostat.config import find_recipe, walk_fields
+from heliostat.config import find_recipe, shipped_recipes, walk_fields
 from heliostat.data.photographs import crops
 from heliostat.errors import HeliostatError, UsageError
 from heliostat.runtime.recipe import Recipe, read_recipe, scope_overrides
@@ -151,6 +151,17 @@ def test_every_command_of_a_guide_is_one_that_works(path: Path, tmp_path: Path, 
             check_recipe(read_recipe(block.file_name), "")
         for words in block.commands:
             check_command(words)
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_the_commands_in_a_recipe_s_comments_work_and_its_advice_for_fewer_gpus_keeps_the_images_per_gpu(name: str) -> None:
+    text = find_recipe(name).read_text(encoding="utf-8")
+    for line in re.findall(r"^#   (heliostat .*)$", text, re.M):
+        check_command(shlex.split(line))
+    for advice in re.findall(r"pretrain\.scaling\.num_workers=\d+ pretrain\.train\.global_batch_size=\d+", text):
+        few, many = read_recipe(name, (*advice.split(), "pretrain.phases=[]")).pretrain, read_recipe(name).pretrain
+        images = [one.train.global_batch_size / one.scaling.num_workers for one in (few, many)]
+        assert images[0] == images[1]
 
 
 @pytest.mark.parametrize(

@@ -81,20 +81,20 @@ def test_what_a_format_cannot_hold_is_refused_before_anything_is_begun(tmp_path:
 def test_a_recipe_whose_release_could_not_be_made_is_refused_before_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     from heliostat.runtime.recipe import read_recipe
 
-    check_publish(read_recipe("demo"))
+    check_publish(read_recipe("laptop"))
     changes = ("publish.formats=[fair,huggingface]", "distill.student.proj_bias=false")
     with pytest.raises(ConfigError, match=r"has huggingface, .*proj_bias=False"):
-        check_publish(read_recipe("demo", changes))
-    check_publish(read_recipe("demo", (*changes, "publish.model=model/other@1")))
+        check_publish(read_recipe("laptop", changes))
+    check_publish(read_recipe("laptop", (*changes, "publish.model=model/other@1")))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"needs transformers: pip install 'heliostat\[export\]'"):
-        check_publish(read_recipe("demo", ("publish.formats=[huggingface]",)))
+        check_publish(read_recipe("laptop", ("publish.formats=[huggingface]",)))
 
 
 def test_the_command_says_so_before_it_starts_anything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from heliostat.cli import main
 
-    words = ["run", "demo", f"store={tmp_path / 'store'}", "publish.formats=[timm]", "distill.student.ffn_bias=false"]
+    words = ["run", "laptop", f"store={tmp_path / 'store'}", "publish.formats=[timm]", "distill.student.ffn_bias=false"]
     assert main(words) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
