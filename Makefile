@@ -29,6 +29,7 @@ check: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/foundation.py
+	$(BIN)/python benchmarks/step_cpu.py
 
 clean:
 	rm -rf $(VENV) .cache heliostat-store

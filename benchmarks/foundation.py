@@ -6,18 +6,16 @@ Every figure is the median of repeated runs, with the spread (min to max) beside
 the machine may be shared, so compare figures of one run only.
 """
 
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from results_file import cpu_hardware, today, versions, write_result
 
 from heliostat.config import validate
 from heliostat.data.ingest import open_source, pack_files
@@ -31,7 +29,6 @@ from heliostat.training.engine import World
 from heliostat.training.recipe import PretrainConfig
 from heliostat.training.run import TrainingJob, build_trainer
 
-RESULTS = Path(__file__).parent / "results"
 REPEATS = 5
 
 
@@ -87,23 +84,17 @@ def main() -> None:
 
 
 def write_results(rows: list[tuple[str, str, tuple[float, float, float]]]) -> None:
-    """Print the table and keep it in a file named after theme, hardware and date."""
-    date = datetime.now(UTC).strftime("%Y-%m-%d")
+    """Print the table and keep it."""
     lines = [
-        f"# Foundation, {date}",
+        f"# Foundation, {today()}",
         "",
-        f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, torch {torch.__version__}, "
-        f"one thread. Command: `make bench`. Median of {REPEATS} (10 for start-up), spread in brackets.",
+        f"{versions()}. Command: `make bench`. Median of {REPEATS} (10 for start-up), spread in brackets.",
         "",
         "| what | figure | unit |",
         "|---|---|---|",
     ]
     lines += [f"| {what} | {median:.4g} ({low:.4g} to {high:.4g}) | {unit} |" for what, unit, (median, low, high) in rows]
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"foundation_{os.cpu_count()}core-{platform.machine()}_{date}.md"
-    path.write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
-    print(f"\nwritten to {path}")
+    write_result("foundation", lines, cpu_hardware())
 
 
 if __name__ == "__main__":

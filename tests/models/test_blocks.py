@@ -1,32 +1,14 @@
 import pytest
 import torch
 
-from heliostat.models.blocks import Block, Group, draw_subset
+from heliostat.errors import ConfigError
+from heliostat.models.blocks import Block, attend_varlen
 from heliostat.models.config import BackboneConfig
+from heliostat.models.stochastic_depth import Group, draw_subset
 from heliostat.models.vit import VisionTransformer
 
 CONFIG = BackboneConfig(arch="vit_tiny", embed_dim=16, num_heads=2, depth=1, layerscale=0.5)
 GROUPS = (Group(8, 5), Group(4, 3))
-
-
-def test_a_subset_keeps_whole_images_of_each_group_once():
-    subset = draw_subset(GROUPS, 0.5, torch.device("cpu"))
-    assert subset.groups == (Group(4, 5), Group(2, 3))
-    first, second = subset.rows_R[:20].view(4, 5), subset.rows_R[20:].view(2, 3)
-    for images, start, length in ((first, 0, 5), (second, 40, 3)):
-        assert (images[:, 0] - start).remainder(length).eq(0).all()
-        assert (images == images[:, :1] + torch.arange(length)).all()
-        assert len(images[:, 0].unique()) == len(images)
-    assert int(first.max()) < 40 <= int(second.min())
-
-
-@pytest.mark.parametrize("rate", [0.01, 0.1, 0.4, 0.9, 0.99])
-def test_at_least_one_image_is_kept_and_the_factor_restores_the_expectation(rate):
-    subset = draw_subset(GROUPS, rate, torch.device("cpu"))
-    for kept, group in zip(subset.groups, GROUPS, strict=True):
-        assert kept.num_images == max(int(group.num_images * (1 - rate)), 1)
-    mass = subset.factor_R1[:, 0].split([kept.num_rows for kept in subset.groups])
-    assert [float(part.sum()) for part in mass] == pytest.approx([40, 12])
 
 
 @torch.no_grad()
@@ -97,3 +79,125 @@ def test_gradients_flow_through_kept_and_dropped_images():
     block(tokens, GROUPS).square().sum().backward()
     assert (tokens.grad.abs().sum(1) > 0).all()
     assert all(parameter.grad is not None for parameter in block.parameters())
+
+
+def masked(block, tokens, groups, subsets):
+    """The block computed for every image, its branches multiplied by B/subset or 0."""
+    branches = (lambda x: block.ls1(block.attn(block.norm1(x), groups)), lambda x: block.ls2(block.mlp(block.norm2(x))))
+    for branch, subset in zip(branches, subsets, strict=True):
+        masks = []
+        for group, images in zip(groups, subset.images, strict=True):
+            mask = torch.zeros(group.num_images)
+            mask[images] = group.num_images / len(images)
+            masks.append(mask.repeat_interleave(group.num_tokens))
+        tokens = tokens + torch.cat(masks)[:, None] * branch(tokens)
+    return tokens
+
+
+@pytest.mark.parametrize("ffn_layer", ["mlp", "swiglufused"])
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+def test_values_and_gradients_equal_those_of_a_block_that_computes_all_images_and_masks_them(rate, ffn_layer):
+    config = CONFIG.model_copy(update={"ffn_layer": ffn_layer, "proj_bias": rate > 0})
+    block = Block(config, rate).train().double()
+    tokens = torch.randn(52, 16, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(52, 16, dtype=torch.float64)
+    torch.manual_seed(5)
+    subsets = [draw_subset(GROUPS, rate, torch.device("cpu")) for _ in range(2)]
+    torch.manual_seed(5)
+    results = []
+    for output in (block(tokens, GROUPS), masked(block, tokens, GROUPS, subsets)):
+        gradients = torch.autograd.grad((output * weights).sum(), [tokens, *block.parameters()])
+        results.append((output.detach(), *gradients))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-10)
+
+
+def test_a_gradient_that_is_not_contiguous_is_taken():
+    block, tokens = Block(CONFIG, 0.5).train(), torch.randn(52, 16, requires_grad=True)
+    block(tokens, GROUPS).sum().backward()  # the gradient of a sum is one number with strides of 0
+    assert tokens.grad.isfinite().all()
+
+
+def test_recomputation_gives_the_same_gradients():
+    block, tokens = Block(CONFIG, 0.5).train(), torch.randn(52, 16, requires_grad=True)
+    torch.manual_seed(3)
+    (plain,) = torch.autograd.grad(block(tokens, GROUPS).square().sum(), tokens)
+    torch.manual_seed(3)
+    output = torch.utils.checkpoint.checkpoint(block, tokens, GROUPS, use_reentrant=False)
+    (recomputed,) = torch.autograd.grad(output.square().sum(), tokens)
+    assert torch.equal(plain, recomputed)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_small_gain_survives_16_bits_in_training(dtype, rate):
+    block, tokens = Block(CONFIG.model_copy(update={"layerscale": 1e-5}), rate).train(), torch.randn(52, 16)
+    torch.manual_seed(3)
+    exact = block(torch.zeros(52, 16) + 1e-9 * tokens, GROUPS)  # tokens so small that the change is not lost in the sum
+    torch.manual_seed(3)
+    with torch.autocast("cpu", dtype=dtype):
+        output = block(torch.zeros(52, 16) + 1e-9 * tokens, GROUPS)
+    assert output.dtype == torch.float32
+    assert exact.abs().max() > 1e-7
+    torch.testing.assert_close(output, exact, atol=0.03 * exact.abs().max().item(), rtol=0)
+
+
+def separate_sequences(query, key, value, starts, *rest):
+    """What PyTorch's variable-length attention is documented to compute: softmax attention, sequence by sequence."""
+    key_starts, longest, longest_key = rest
+    assert torch.equal(starts, key_starts)
+    assert longest == longest_key == int(starts.diff().max())
+    outputs = []
+    for first, end in zip(starts.tolist(), starts.tolist()[1:], strict=False):
+        scores = torch.einsum("qhe,khe->hqk", query[first:end], key[first:end]) / query.shape[-1] ** 0.5
+        outputs.append(torch.einsum("hqk,khe->qhe", scores.softmax(-1), value[first:end]))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("groups", [GROUPS, (Group(1, 1),), (Group(2, 3), Group(1, 7), Group(5, 1))])
+def test_one_variable_length_call_is_attention_within_each_image(groups):
+    block = Block(CONFIG, 0.0)
+    tokens = torch.randn(sum(group.num_rows for group in groups), 16)
+    mixed = attend_varlen(block.attn.qkv(tokens), groups, block.attn.num_heads, separate_sequences)
+    torch.testing.assert_close(block.attn.proj(mixed), block.attn(tokens, groups), atol=1e-6, rtol=1e-5)
+
+
+def test_the_bounds_of_a_variable_length_call_are_those_that_the_kernel_wants():
+    seen = []
+    attend_varlen(torch.zeros(52, 48), GROUPS, 2, lambda query, key, value, starts, *rest: seen.append(starts) or query)
+    assert seen[0].dtype == torch.int32
+    assert seen[0].tolist() == [0, 5, 10, 15, 20, 25, 30, 35, 40, 43, 46, 49, 52]
+
+
+def test_variable_length_attention_is_refused_where_it_has_no_kernel():
+    backbone = VisionTransformer(CONFIG)
+    backbone.set_attention("varlen")
+    with pytest.raises(ConfigError, match=r"not on cpu in torch\.float32; use autocast there, or set_attention\('sdpa'\)"):
+        backbone(torch.zeros(1, 3, 28, 28))
+    backbone.set_attention("sdpa")
+    backbone(torch.zeros(1, 3, 28, 28))
+
+
+def test_an_unknown_attention_kernel_is_refused():
+    with pytest.raises(ConfigError, match="attention kernel 'flash' is unknown; use sdpa or varlen"):
+        VisionTransformer(CONFIG).set_attention("flash")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_both_attention_kernels_agree_on_a_gpu():
+    config = BackboneConfig(arch="vit_small", depth=2, img_size=56, layerscale=0.5)
+    backbone = VisionTransformer(config, drop_path_rate=0.3).cuda().train()
+    crops = [torch.randn(6, 3, 56, 56, device="cuda"), torch.randn(9, 3, 28, 28, device="cuda")]
+    results = []
+    for kernel in ("sdpa", "varlen"):
+        backbone.set_attention(kernel)
+        backbone.zero_grad(set_to_none=True)
+        torch.manual_seed(0)
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            features = backbone.forward_packed(crops, [None, None])
+            sum(group.cls_BD.float().square().mean() + group.patches_BND.float().mean() for group in features).backward()
+        values = [group.prenorm_BTD.detach() for group in features]
+        results.append(values + [parameter.grad for parameter in backbone.parameters() if parameter.grad is not None])
+    for sdpa, varlen in zip(*results, strict=True):
+        assert (sdpa - varlen).norm() <= 0.02 * sdpa.norm()

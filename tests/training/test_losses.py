@@ -133,6 +133,32 @@ def test_cls_token_losses_average_over_every_pair_of_different_crops():
     assert ours.item() == pytest.approx(total.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy_and_its_gradient_equal_the_textbook_form_over_several_blocks_of_rows(dtype):
+    student = torch.randn(2, 70, 65_536).to(dtype)  # 64 such rows make one block
+    targets = torch.softmax(torch.randn(70, 65_536), -1) * torch.linspace(0.5, 2, 70)[:, None]  # rows need not sum to 1
+    weights = torch.randn(2, 70)
+    logits = student.double().requires_grad_()
+    expected = -(targets * torch.log_softmax(logits / 0.1, -1)).sum(-1)
+    (expected * weights).sum().backward()
+    student.requires_grad_()
+    ours = soft_cross_entropy(student, targets, 0.1)
+    (ours * weights).sum().backward()
+    torch.testing.assert_close(ours.double(), expected.detach(), atol=0, rtol=1e-5)
+    assert student.grad.dtype == dtype
+    accuracy = 1e-5 if dtype == torch.float32 else 3e-3
+    assert (student.grad.double() - logits.grad).norm() < accuracy * logits.grad.norm()
+
+
+def test_cross_entropy_keeps_nothing_but_logits_and_targets():
+    student, targets, kept = torch.randn(6, 50).requires_grad_(), torch.softmax(torch.randn(6, 50), -1), []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor.data_ptr()) or tensor, lambda tensor: tensor
+    ):
+        soft_cross_entropy(student, targets, 0.1)
+    assert set(kept) == {student.data_ptr(), targets.data_ptr()}
+
+
 def test_losses_are_finite_for_logits_of_ten_thousand():
     student, targets = 1e4 * torch.randn(4, 9).requires_grad_(), torch.softmax(torch.randn(4, 9), -1)
     loss = soft_cross_entropy(student, targets, 0.1).mean()

@@ -4,55 +4,39 @@ A packed sequence is the tokens of several groups of equal-sized images laid end
 out of many small ones; attention is 2-7 % of the work at these lengths, so one attention call per group costs little.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from heliostat.errors import ConfigError
 from heliostat.models.config import BackboneConfig
+from heliostat.models.stochastic_depth import Group, add_to_subset, draw_subset, take_subset
 
-# Shapes: S tokens of all groups, R tokens of the kept subset, B images and T tokens per image of one group, D width,
-# H attention heads, E width of one attention head.
+# Shapes: S tokens of all groups, R tokens of the kept images, B images and T tokens per image of one group, D width,
+# H attention heads, E width of one attention head, X = 3 D queries, keys and values.
 
-
-class Group(NamedTuple):
-    """Images of one size inside a packed sequence: num_images * num_tokens consecutive rows."""
-
-    num_images: int
-    num_tokens: int
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the packed sequence that belong to the group."""
-        return self.num_images * self.num_tokens
+AttentionKernel = Literal["sdpa", "varlen"]
 
 
-class Subset(NamedTuple):
-    """The images of each group that a residual branch is computed for."""
+class ScaledLinear(nn.Linear):
+    """The last linear of a residual branch, which takes LayerScale's gain into its weights while it trains."""
 
-    groups: tuple[Group, ...]
-    rows_R: Tensor
-    factor_R1: Tensor
+    def forward(self, x_SD: Tensor, gain_D: Tensor | None = None) -> Tensor:
+        """(S, D) -> (S, D), times gain_D. With the gain in the weights nothing more is computed or kept per token."""
+        if gain_D is None:
+            return super().forward(x_SD)
+        if self._computes_in_half(x_SD):  # a gain of 1e-5 takes weights of 0.02 below the normal numbers of float16
+            return super().forward(x_SD) * gain_D
+        bias_D = None if self.bias is None else self.bias * gain_D
+        return functional.linear(x_SD, self.weight * gain_D[:, None], bias_D)
 
-
-def draw_subset(groups: Sequence[Group], drop_path_rate: float, device: torch.device) -> Subset:
-    """Draw, in each group, the images that receive the residual, and the factor B/subset that keeps its expectation.
-
-    At least one image per group is kept (as DINOv2), so every parameter takes part in every step. Uses the global generator.
-    """
-    kept_groups, rows, factors, start = [], [], [], 0
-    for group in groups:
-        num_kept = max(int(group.num_images * (1 - drop_path_rate)), 1)
-        images = torch.randperm(group.num_images, device=device)[:num_kept]
-        tokens = torch.arange(group.num_tokens, device=device)
-        rows.append((start + images[:, None] * group.num_tokens + tokens).flatten())
-        kept = Group(num_kept, group.num_tokens)
-        factors.append(torch.full((kept.num_rows, 1), group.num_images / num_kept, device=device))
-        kept_groups.append(kept)
-        start += group.num_rows
-    return Subset(tuple(kept_groups), torch.cat(rows), torch.cat(factors))
+    def _computes_in_half(self, x_SD: Tensor) -> bool:
+        kind = x_SD.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
+        return dtype == torch.float16
 
 
 class Attention(nn.Module):
@@ -61,20 +45,58 @@ class Attention(nn.Module):
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
+        self.kernel: AttentionKernel = "sdpa"
         self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim, bias=config.qkv_bias)
-        self.proj = nn.Linear(config.embed_dim, config.embed_dim, bias=config.proj_bias)
+        self.proj = ScaledLinear(config.embed_dim, config.embed_dim, bias=config.proj_bias)
 
-    def forward(self, x_SD: Tensor, groups: Sequence[Group]) -> Tensor:
-        """(S, D) -> (S, D); one fused attention call per group."""
-        parts = torch.split(self.qkv(x_SD), [group.num_rows for group in groups])
+    def forward(self, x_SD: Tensor, groups: Sequence[Group], gain_D: Tensor | None = None) -> Tensor:
+        """(S, D) -> (S, D), times gain_D. One call per group with sdpa, one for all groups with varlen."""
+        qkv_SX = self.qkv(x_SD)
+        if self.kernel == "varlen":
+            _refuse_varlen(qkv_SX)
+            return self.proj(attend_varlen(qkv_SX, groups, self.num_heads), gain_D)  # type: ignore[no-any-return]
+        parts = torch.split(qkv_SX, [group.num_rows for group in groups])
         mixed = [self._attend(part, group) for part, group in zip(parts, groups, strict=True)]
-        return self.proj(mixed[0] if len(mixed) == 1 else torch.cat(mixed))  # type: ignore[no-any-return]
+        return self.proj(mixed[0] if len(mixed) == 1 else torch.cat(mixed), gain_D)  # type: ignore[no-any-return]
 
-    def _attend(self, qkv_SD: Tensor, group: Group) -> Tensor:
-        qkv = qkv_SD.view(group.num_images, group.num_tokens, 3, self.num_heads, -1)
-        query_BHTE, key_BHTE, value_BHTE = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    def _attend(self, qkv_SX: Tensor, group: Group) -> Tensor:
+        qkv = qkv_SX.view(group.num_images, group.num_tokens, 3, self.num_heads, -1)
+        # Unbound in this order, the three gradients are put together as one contiguous tensor.
+        query_BHTE, key_BHTE, value_BHTE = (part_BTHE.transpose(1, 2) for part_BTHE in qkv.unbind(2))
         mixed_BHTE = functional.scaled_dot_product_attention(query_BHTE, key_BHTE, value_BHTE)
         return mixed_BHTE.transpose(1, 2).reshape(group.num_rows, -1)
+
+
+def _refuse_varlen(qkv_SX: Tensor) -> None:
+    if not qkv_SX.is_cuda or qkv_SX.dtype not in (torch.bfloat16, torch.float16):
+        raise ConfigError(
+            f"varlen attention works on CUDA devices in bfloat16 or float16, not on {qkv_SX.device.type} in {qkv_SX.dtype}; "
+            "use autocast there, or set_attention('sdpa')"
+        )
+
+
+def attend_varlen(
+    qkv_SX: Tensor, groups: Sequence[Group], num_heads: int, attend: Callable[..., Tensor] | None = None
+) -> Tensor:
+    """(S, 3 D) -> (S, D): attention inside each image of all groups in one call of PyTorch's variable-length attention.
+
+    attend replaces torch.nn.attention.varlen.varlen_attn: (query_SHE, key_SHE, value_SHE, first rows of the images and their
+    end (int32), the same for keys, greatest number of tokens, the same for keys) -> (S, H, E).
+    """
+    if attend is None:
+        from torch.nn.attention.varlen import varlen_attn  # imports much of the compiler: only where it is used
+
+        attend = cast("Callable[..., Tensor]", varlen_attn)
+    starts, row = [], 0
+    for group in groups:
+        end = row + group.num_rows
+        starts.append(torch.arange(row, end, group.num_tokens, dtype=torch.int32, device=qkv_SX.device))
+        row = end
+    # Made on the device: a list copied from the host would wait for it in every block.
+    bounds = functional.pad(torch.cat(starts), (0, 1), value=row)
+    longest = max(group.num_tokens for group in groups)
+    query_SHE, key_SHE, value_SHE = qkv_SX.view(row, 3, num_heads, -1).unbind(1)
+    return attend(query_SHE, key_SHE, value_SHE, bounds, bounds, longest, longest).flatten(1)
 
 
 class Mlp(nn.Module):
@@ -83,11 +105,11 @@ class Mlp(nn.Module):
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.fc1 = nn.Linear(config.embed_dim, config.mlp_hidden_dim, bias=config.ffn_bias)
-        self.fc2 = nn.Linear(config.mlp_hidden_dim, config.embed_dim, bias=config.ffn_bias)
+        self.fc2 = ScaledLinear(config.mlp_hidden_dim, config.embed_dim, bias=config.ffn_bias)
 
-    def forward(self, x_SD: Tensor) -> Tensor:
-        """(S, D) -> (S, D)."""
-        return self.fc2(functional.gelu(self.fc1(x_SD)))  # type: ignore[no-any-return]
+    def forward(self, x_SD: Tensor, gain_D: Tensor | None = None) -> Tensor:
+        """(S, D) -> (S, D), times gain_D."""
+        return self.fc2(functional.gelu(self.fc1(x_SD)), gain_D)  # type: ignore[no-any-return]
 
 
 class SwiGLU(nn.Module):
@@ -96,12 +118,12 @@ class SwiGLU(nn.Module):
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.w12 = nn.Linear(config.embed_dim, 2 * config.mlp_hidden_dim, bias=config.ffn_bias)
-        self.w3 = nn.Linear(config.mlp_hidden_dim, config.embed_dim, bias=config.ffn_bias)
+        self.w3 = ScaledLinear(config.mlp_hidden_dim, config.embed_dim, bias=config.ffn_bias)
 
-    def forward(self, x_SD: Tensor) -> Tensor:
-        """(S, D) -> (S, D)."""
+    def forward(self, x_SD: Tensor, gain_D: Tensor | None = None) -> Tensor:
+        """(S, D) -> (S, D), times gain_D."""
         gate, value = self.w12(x_SD).chunk(2, dim=-1)
-        return self.w3(functional.silu(gate) * value)  # type: ignore[no-any-return]
+        return self.w3(functional.silu(gate) * value, gain_D)  # type: ignore[no-any-return]
 
 
 class LayerScale(nn.Module):
@@ -131,19 +153,16 @@ class Block(nn.Module):
 
     def forward(self, x_SD: Tensor, groups: Sequence[Group]) -> Tensor:
         """(S, D) -> (S, D). In training mode the branches of dropped images are not computed at all."""
-        if not self.training or self.drop_path_rate == 0:
-            x_SD = x_SD + self.ls1(self.attn(self.norm1(x_SD), groups))
-            x_SD = x_SD + self.ls2(self.mlp(self.norm2(x_SD)))
+        if not self.training:
+            x_SD = torch.addcmul(x_SD, self.attn(self.norm1(x_SD), groups), self.ls1.gamma)
+            return torch.addcmul(x_SD, self.mlp(self.norm2(x_SD)), self.ls2.gamma)
+        if self.drop_path_rate == 0:
+            x_SD = x_SD + self.attn(self.norm1(x_SD), groups, self.ls1.gamma)
+            x_SD = x_SD + self.mlp(self.norm2(x_SD), self.ls2.gamma)
             return x_SD
         subset = draw_subset(groups, self.drop_path_rate, x_SD.device)
-        kept_RD = self.norm1(x_SD.index_select(0, subset.rows_R))
-        x_SD = _add_to_subset(x_SD, self.attn(kept_RD, subset.groups), self.ls1.gamma, subset)
+        x_SD, kept_RD = take_subset(x_SD, subset)
+        x_SD = add_to_subset(x_SD, self.attn(self.norm1(kept_RD), subset.groups, self.ls1.gamma), subset)
         subset = draw_subset(groups, self.drop_path_rate, x_SD.device)
-        kept_RD = self.norm2(x_SD.index_select(0, subset.rows_R))
-        return _add_to_subset(x_SD, self.mlp(kept_RD), self.ls2.gamma, subset)
-
-
-def _add_to_subset(x_SD: Tensor, branch_RD: Tensor, gamma_D: Tensor, subset: Subset) -> Tensor:
-    """Add the scaled branch to the kept rows. Out of place: activation checkpointing must find its input unchanged."""
-    scaled_RD = branch_RD * gamma_D * subset.factor_R1
-    return torch.index_add(x_SD, 0, subset.rows_R, scaled_RD.to(x_SD.dtype))
+        x_SD, kept_RD = take_subset(x_SD, subset)
+        return add_to_subset(x_SD, self.mlp(self.norm2(kept_RD), self.ls2.gamma), subset)

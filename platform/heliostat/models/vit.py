@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from heliostat.errors import DataError
-from heliostat.models.blocks import Block, Group
+from heliostat.errors import ConfigError, DataError
+from heliostat.models.blocks import AttentionKernel, Block
 from heliostat.models.config import BackboneConfig
+from heliostat.models.stochastic_depth import Group
 
 # Shapes: B images, C channels, H W image sides, h w grid sides, N = h*w patches, R registers, T = 1 + R + N tokens, D width,
 # S tokens of a packed sequence.
@@ -57,6 +59,17 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, drop_path_rate) for _ in range(config.depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         initialise_backbone(self)
+
+    def set_attention(self, kernel: AttentionKernel) -> None:
+        """Choose how attention is computed; the results agree up to rounding, so no recipe and no weight file knows of it.
+
+        sdpa, the default, is one call per group of images; varlen is one for all groups, on CUDA in 16 bits only. Raises
+        ConfigError for another name.
+        """
+        if kernel not in get_args(AttentionKernel):
+            raise ConfigError(f"attention kernel {kernel!r} is unknown; use {' or '.join(get_args(AttentionKernel))}")
+        for block in self.blocks:
+            block.attn.kernel = kernel  # type: ignore[union-attr]
 
     def forward(self, images_BCHW: Tensor, masks_BN: Tensor | None = None) -> Features:
         """Features of one group of images; masks_BN is True where a patch is replaced by the mask token."""

@@ -5,11 +5,13 @@ Sinkhorn-Knopp and in the centre; KoLeo stays inside a rank unless it is told to
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 # Shapes: B images, G = 2 global crops, L local crops, M masked patches, R rows of any kind, K prototypes, D width.
@@ -27,11 +29,17 @@ def _max_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def _top_of_rows(scores_RK: Tensor) -> Tensor:
+    """Greatest value over the rows of all ranks, (1, K) in float32; a rank may hold no rows."""
+    no_rows = scores_RK.shape[0] == 0
+    top_1K = scores_RK.new_full((1, scores_RK.shape[1]), -math.inf) if no_rows else scores_RK.amax(0, keepdim=True)
+    return _max_over_ranks(top_1K.float())
+
+
 def _log_sum_of_rows(scores_RK: Tensor) -> Tensor:
     """Logarithm of the sum over the rows of all ranks, (1, K); a rank may hold no rows."""
-    floor_1K = scores_RK.new_full((1, scores_RK.shape[1]), -math.inf)
-    top_1K = _max_over_ranks(torch.cat([scores_RK, floor_1K]).amax(0, keepdim=True))
-    return top_1K + _sum_over_ranks((scores_RK - top_1K).exp().sum(0, keepdim=True)).log()
+    top_1K = _top_of_rows(scores_RK)
+    return top_1K + _sum_over_ranks((scores_RK - top_1K).exp_().sum(0, keepdim=True)).log()
 
 
 @torch.no_grad()
@@ -43,14 +51,11 @@ def sinkhorn_knopp(logits_RK: Tensor, temperature: float, num_iterations: int = 
     Every rank must call it, also with R = 0.
     """
     # The largest logit of each prototype is taken off before the division: the first normalisation absorbs it, and a
-    # difference of float32 numbers keeps the digits that dividing a logit of 1e4 by 0.04 would lose.
-    logits_RK = logits_RK.float()
-    floor_1K = logits_RK.new_full((1, logits_RK.shape[1]), -math.inf)
-    top_1K = _max_over_ranks(torch.cat([logits_RK, floor_1K]).amax(0, keepdim=True))
-    scores_RK = (logits_RK - top_1K) / temperature
+    # difference in float32 keeps the digits that dividing a logit of 1e4 by 0.04 would lose.
+    scores_RK = (logits_RK - _top_of_rows(logits_RK)).div_(temperature)
     for _ in range(num_iterations):
         scores_RK -= _log_sum_of_rows(scores_RK)
-        scores_RK -= torch.logsumexp(scores_RK, dim=1, keepdim=True)
+        scores_RK = functional.log_softmax(scores_RK, dim=1)  # takes each row's log-sum-exp off in one pass
     return scores_RK.exp_()
 
 
@@ -88,10 +93,53 @@ class TargetAssignment(nn.Module):
             self.center.lerp_(self.next_mean, 0.1)
 
 
-def soft_cross_entropy(student_RK: Tensor, targets_RK: Tensor, student_temp: float) -> Tensor:
-    """Cross-entropy of each row, (R,), between targets and the student's softmax at student_temp."""
-    log_probabilities_RK = functional.log_softmax(student_RK.float() / student_temp, dim=-1)
-    return -(targets_RK * log_probabilities_RK).sum(-1)
+_BLOCK_LOGITS = 2**22  # rows are taken in blocks of about this many logits: a temporary in float32 has 16 MiB
+
+
+def _blocks(logits_GRK: Tensor) -> Iterator[tuple[int, slice]]:
+    num_rows = max(_BLOCK_LOGITS // logits_GRK.shape[2], 1)
+    for group in range(logits_GRK.shape[0]):
+        for start in range(0, logits_GRK.shape[1], num_rows):
+            yield group, slice(start, start + num_rows)
+
+
+class _SoftCrossEntropy(torch.autograd.Function):
+    """Keeps logits and targets only, which exist anyway: the softmax is computed again for the gradient."""
+
+    @staticmethod
+    def forward(context: Any, student_GRK: Tensor, targets_GRK: Tensor, student_temp: float) -> Tensor:
+        context.save_for_backward(student_GRK, targets_GRK)
+        context.student_temp = student_temp
+        losses_GR = student_GRK.new_empty(student_GRK.shape[:2], dtype=torch.float32)
+        for block in _blocks(student_GRK):
+            log_probabilities = functional.log_softmax(student_GRK[block].float() / student_temp, dim=-1)
+            losses_GR[block] = log_probabilities.mul_(targets_GRK[block]).sum(-1)
+        return losses_GR.neg_()
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient_GR: Tensor) -> tuple[Tensor, None, None]:
+        student_GRK, targets_GRK = context.saved_tensors
+        scale_GR1 = (gradient_GR / context.student_temp).unsqueeze(-1)
+        result_GRK = torch.empty_like(student_GRK)
+        for block in _blocks(student_GRK):
+            targets, scale = targets_GRK[block], scale_GR1[block]
+            softmax = torch.softmax(student_GRK[block].float() / context.student_temp, dim=-1)
+            softmax.mul_(targets.sum(-1, keepdim=True) * scale)
+            result_GRK[block] = softmax.addcmul_(targets, scale, value=-1)
+        return result_GRK, None, None
+
+
+def soft_cross_entropy(student_GRK: Tensor, targets_GRK: Tensor, student_temp: float) -> Tensor:
+    """Cross-entropy of each row, (G, R), between targets and the student's softmax at student_temp, in float32.
+
+    G may be missing, and missing in the targets alone: they then serve every group. The gradient goes to the student only, in
+    its dtype.
+    """
+    grouped_GRK = student_GRK if student_GRK.dim() == 3 else student_GRK.unsqueeze(0)
+    targets_GRK = targets_GRK.expand_as(grouped_GRK)
+    losses_GR: Tensor = _SoftCrossEntropy.apply(grouped_GRK, targets_GRK, student_temp)  # type: ignore[no-untyped-call]
+    return losses_GR.view(student_GRK.shape[:-1])
 
 
 def dino_global_loss(student_GBK: Tensor, targets_GBK: Tensor, *, num_local_crops: int, student_temp: float) -> Tensor:

@@ -1,0 +1,113 @@
+"""One DINOv2 training step on random crops: what step_cpu.py and step_gpu.py measure. No image is read or decoded.
+
+Needs torch, numpy, pydantic and PyYAML, nothing else of what the package needs.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from heliostat.data.batch import Batch
+from heliostat.data.masking import batch_masks
+from heliostat.models.config import BackboneConfig
+from heliostat.models.flops import training_flops_per_image
+from heliostat.training.config import MethodConfig, OptimConfig, TeacherConfig
+from heliostat.training.engine import TorchEngine, World
+from heliostat.training.method import SelfDistillation
+from heliostat.training.param_groups import apply_step_values, build_param_groups
+from heliostat.training.schedules import step_values
+
+OPTIM = OptimConfig(lr=1e-4, scaling_rule="none", warmup_steps=0, freeze_last_layer_steps=0)
+VALUES = step_values(0, optim=OPTIM, teacher=TeacherConfig(), total_steps=1000, global_batch_size=1024)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained on what: one cell of a benchmark's table."""
+
+    backbone: BackboneConfig
+    method: MethodConfig
+    global_size_pixels: int
+    local_size_pixels: int
+    num_images: int
+    num_local_crops: int = 8
+
+    def tflop_per_image(self) -> float:
+        """Model FLOPs of a step per image; what stochastic depth drops is not counted."""
+        low, high = self.method.ibot.mask_ratio_min_max
+        flops = training_flops_per_image(
+            self.backbone,
+            self.method.dino.head,
+            self.method.ibot_head,
+            global_size_pixels=self.global_size_pixels,
+            local_size_pixels=self.local_size_pixels,
+            num_local_crops=self.num_local_crops,
+            masked_ratio=self.method.ibot.mask_sample_probability * (low + high) / 2,
+            drop_path_rate=self.method.drop_path_rate,
+        )
+        return flops / 1e12
+
+
+def random_batch(setting: Setting, device: torch.device, seed: int = 0) -> Batch:
+    """Crops of random uint8 pixels, drawn on the device, with the block masks of the product."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def pixels(num_crops: int, size: int) -> Tensor:
+        shape = (num_crops, setting.backbone.in_chans, size, size)
+        return torch.randint(0, 256, shape, dtype=torch.uint8, device=device, generator=generator)
+
+    grid = setting.global_size_pixels // setting.backbone.patch_size
+    ibot = setting.method.ibot
+    masks = batch_masks(
+        2 * setting.num_images, (grid, grid), ibot.mask_ratio_min_max, ibot.mask_sample_probability, (seed, 0, 0)
+    )
+    return Batch(
+        pixels(2 * setting.num_images, setting.global_size_pixels),
+        pixels(setting.num_local_crops * setting.num_images, setting.local_size_pixels),
+        torch.from_numpy(masks).to(device),
+    )
+
+
+def normalise(batch: Batch) -> Batch:
+    """uint8 crops to floating point around 0. (The product's own needs OpenCV to import.)"""
+    return Batch(batch.global_crops.float().mul_(2 / 255).sub_(1), batch.local_crops.float().mul_(2 / 255).sub_(1), batch.masks)
+
+
+def build_model(setting: Setting, seed: int = 0) -> SelfDistillation:
+    """Student and teacher with weights drawn from the seed."""
+    torch.manual_seed(seed)
+    return SelfDistillation(setting.backbone, setting.method)
+
+
+def build_optimizer(model: SelfDistillation, setting: Setting) -> torch.optim.AdamW:
+    """The product's optimizer, its groups set to the values of some step."""
+    optimizer = torch.optim.AdamW(build_param_groups(model.student, setting.backbone.depth, OPTIM), lr=0.0)
+    apply_step_values(optimizer.param_groups, VALUES)
+    return optimizer
+
+
+class TrainingStep:
+    """The product's step, as training/loop.py makes it: forward, check, backward, clip, AdamW, teacher."""
+
+    def __init__(self, model: SelfDistillation, setting: Setting, device: torch.device, dtype: torch.dtype) -> None:
+        self.model = model.to(device)
+        self._engine = TorchEngine(
+            dict(model.student.named_children()),
+            build_optimizer(model, setting),
+            clip_grad=OPTIM.clip_grad,
+            world=World(device=device),
+            dtype=dtype,
+        )
+
+    def __call__(self, batch: Batch) -> None:
+        """One step; RuntimeError when the loss is not finite, since a skipped step measures nothing."""
+        batch = normalise(batch)
+        with self._engine.autocast():
+            losses = self.model(batch, VALUES.teacher_temp)
+            total = self.model.weighted_sum(losses)
+        if not torch.isfinite(total):  # waits for the device, as the product's check does
+            raise RuntimeError(f"the loss is {total.item()} on random pixels")
+        self._engine.backward(total)
+        self._engine.clip_and_step()
+        self.model.update_teacher(VALUES.momentum)
