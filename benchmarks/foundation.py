@@ -63,7 +63,7 @@ def main() -> None:
         store = LocalStore(Path(folder) / "store")
         store.put("shards/000000.tar", tar)
         rows.append(("index a shard (hash of every image)", "images per CPU s", measured(lambda: len(index_shard(tar)))))
-        demo = read_recipe("demo").pretrain
+        demo = read_recipe("laptop").pretrain
         assert demo is not None
         plain = demo.model_dump(mode="json")
         plain["scaling"]["num_workers"], plain["loader"]["workers"] = 0, 0

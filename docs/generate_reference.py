@@ -1,4 +1,4 @@
-"""Writes docs/reference/ from the code: every key of a recipe, and every metric.
+"""Writes docs/reference/ from the code: every key of a recipe, the shipped recipes with their costs, and every metric.
 
     python docs/generate_reference.py
 
@@ -15,9 +15,11 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from heliostat.config import walk_fields
+from heliostat.config import find_recipe, shipped_recipes, walk_fields
 from heliostat.metrics import METRICS
-from heliostat.runtime.recipe import STAGES, Recipe
+from heliostat.runtime.dry_run import TrainingRun, gpu_hours, training_runs
+from heliostat.runtime.recipe import STAGES, Recipe, read_recipe
+from heliostat.training.memory import GIB
 
 REFERENCE = Path(__file__).parent / "reference"
 _WORDS = {bool: "true or false", int: "integer", float: "number", str: "text", NoneType: "null"}
@@ -47,6 +49,18 @@ artifact; see [dashboards](../../dashboards/README.md).
 
 | metric | unit | Prometheus | meaning |
 | --- | --- | --- | --- |
+"""
+
+_RECIPES_INTRODUCTION = """# Shipped recipes
+
+<!-- Written by docs/generate_reference.py; change the code, then run it. -->
+
+`heliostat recipes` lists them, `heliostat run NAME --dry-run` prints one with all its settings and the figures below in detail.
+Figures are formulas, not measurements: [large models](../guides/large_models.md) says how they are made and how far to trust
+them. Batch is images per step over all GPUs, GiB is the memory of one. The file of a recipe says where its values come from.
+
+| recipe | run | model | steps | batch | GPUs | A100-hours | H100-hours | GiB |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
 """
 
 
@@ -155,7 +169,32 @@ def metrics_page() -> str:
     return "".join(lines)
 
 
-PAGES = {"recipe_keys.md": recipe_keys, "metrics.md": metrics_page}
+def recipes_page() -> str:
+    """The page about the shipped recipes: what each run trains and costs."""
+    lines = [_RECIPES_INTRODUCTION]
+    for name in shipped_recipes():
+        recipe = read_recipe(name)
+        runs = [run for stage in recipe.stages if stage != "sweep" for run in training_runs(recipe, stage)]
+        lines += [_recipe_row(name, run) for run in runs]
+    lines.append("\nWhat each is for:\n\n")
+    for name in shipped_recipes():
+        first = find_recipe(name).read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+        lines.append(f"- [`{name}`](../../platform/heliostat/recipes/{name}.yaml): {first}\n")
+    return "".join(lines)
+
+
+def _recipe_row(name: str, run: TrainingRun) -> str:
+    """One line of the table of recipes."""
+    config, on_gpus = run.config, run.config.scaling.use_gpu
+    models = [f"{one.arch}/{one.patch_size} {one.ffn_layer} {one.embed_dim}x{one.depth}" for one in config.backbones.values()]
+    hours = [f"{value:,.0f}" for value in gpu_hours(run.flops).values()] if on_gpus else ["", ""]
+    gpus = f"{config.scaling.num_workers}" if on_gpus else "none"
+    memory = f"{run.memory.total / GIB:.1f}" if on_gpus else f"{run.memory.total / GIB:.2f}"
+    figures = [f"{config.train.steps:,}", f"{config.train.global_batch_size:,}", gpus, *hours, memory]
+    return f"| `{name}` | {run.name} | {', '.join(models)} | {' | '.join(figures)} |\n"
+
+
+PAGES = {"recipe_keys.md": recipe_keys, "recipes.md": recipes_page, "metrics.md": metrics_page}
 
 if __name__ == "__main__":
     REFERENCE.mkdir(exist_ok=True)

@@ -12,7 +12,7 @@ import pytest
 from heliostat import __version__
 from heliostat.artifacts import RECORD, ArtifactRef, ArtifactStore
 from heliostat.cli import OTHER_VERBS, STAGE_VERBS, main
-from heliostat.config import load_recipe
+from heliostat.config import load_recipe, shipped_recipes
 from heliostat.data.photographs import write_crops
 from heliostat.runtime.recipe import Recipe
 from heliostat.storage import LocalStore
@@ -64,35 +64,66 @@ def test_help_and_version_import_nothing_heavy(command: list[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["pretain", "demo"], "unknown verb: pretain. Did you mean pretrain?"),
+        (["pretain", "laptop"], "unknown verb: pretain. Did you mean pretrain?"),
         (["zzz"], "unknown verb: zzz. Verbs: run, demo,"),
         ([], "the following arguments are required: VERB"),
-        (["pretrain", "demo", "--dryrun"], "unrecognized arguments: --dryrun; see heliostat --help"),
+        (["pretrain", "laptop", "--dryrun"], "unrecognized arguments: --dryrun; see heliostat --help"),
         (["run"], "heliostat run takes one recipe, got nothing"),
-        (["pretrain", "demo", "other"], "heliostat pretrain takes one recipe, got demo other"),
-        (["run", "demmo"], "no recipe at demmo. Did you mean demo?"),
-        (["run", "./missing.yaml"], "no recipe at ./missing.yaml. Shipped recipes: demo"),
-        (["pretrain", "demo", "optim.rl=2e-4"], "unknown key: pretrain.optim.rl. Did you mean pretrain.optim.lr?"),
-        (["run", "demo", "pretrian.optim.lr=2e-4"], "unknown key: pretrian. Did you mean pretrain?"),
-        (["pretrain", "demo", "train.steps=many"], "pretrain.train.steps='many': input should be a valid integer"),
-        (["pretrain", "demo", "train.steps=0"], "pretrain.train.steps=0: input should be greater than or equal to 1"),
-        (["pretrain", "demo", "optim.lr=[1"], "override pretrain.optim.lr: not valid YAML"),
+        (["pretrain", "laptop", "other"], "heliostat pretrain takes one recipe, got laptop other"),
+        (["run", "laptpo"], "no recipe at laptpo. Did you mean laptop?"),
+        (["run", "demo"], "no recipe at demo. Did you mean laptop?"),
+        (["run", "./missing.yaml"], "no recipe at ./missing.yaml. Shipped recipes: distill_vitg14, laptop, "),
+        (["pretrain", "laptop", "optim.rl=2e-4"], "unknown key: pretrain.optim.rl. Did you mean pretrain.optim.lr?"),
+        (["run", "laptop", "pretrian.optim.lr=2e-4"], "unknown key: pretrian. Did you mean pretrain?"),
+        (["pretrain", "laptop", "train.steps=many"], "pretrain.train.steps='many': input should be a valid integer"),
+        (["pretrain", "laptop", "train.steps=0"], "pretrain.train.steps=0: input should be greater than or equal to 1"),
+        (["pretrain", "laptop", "optim.lr=[1"], "override pretrain.optim.lr: not valid YAML"),
         (
-            ["pretrain", "demo", "train.global_batch_size=63"],
+            ["pretrain", "laptop", "train.global_batch_size=63"],
             "train.global_batch_size 63 is not divisible by 2 workers; use 62 or 64",
         ),
         (
-            ["pretrain", "demo", "crops.global_crops_size=36"],
+            ["pretrain", "laptop", "crops.global_crops_size=36"],
             "crops.global_crops_size 36 is not divisible by student.patch_size 8; use 32 or 40",
         ),
-        (["pretrain", "demo", "train.steps=5"], "warmup_steps 30 does not end within a run of 5 steps; use at most 4"),
+        (
+            ["pretrain", "vitl14", "crops.global_crops_size=225"],
+            "crops.global_crops_size 225 is not divisible by student.patch_size 14; use 224 or 238",
+        ),
+        (
+            ["pretrain", "vitl16_short", "crops.local_crops_size=98"],
+            "crops.local_crops_size 98 is not divisible by student.patch_size 16; use 96 or 112",
+        ),
+        (
+            ["pretrain", "vitl14", "train.global_batch_size=3000"],
+            "train.global_batch_size 3000 is not divisible by 96 workers; use 2976 or 3072",
+        ),
+        (
+            ["run", "vitl14", "pretrain.phases=[{name: big, steps: 10, global_crops_size: 500}]"],
+            "phase big: student: img_size 500 is not divisible by patch_size 14; use 490 or 504",
+        ),
+        (
+            ["run", "laptop", "evaluate.pca_image_size=300"],
+            "evaluate.pca_image_size 300 is not divisible by the models' patch_size 8; use 296 or 304",
+        ),
+        (
+            ["pretrain", "laptop", "method.dino.head_n_prototypes=0"],
+            "pretrain.method.dino.head_n_prototypes=0: input should be greater than or equal to 2",
+        ),
+        (["run", "vitg41"], "no recipe at vitg41. Did you mean vitg14?"),
+        (
+            ["ingest", "vitl14"],
+            "recipe vitl14 has no section ingest; it has curate, pretrain, publish. To add it give ingest.pool=",
+        ),
+        (["evaluate", "vitl14"], "has no section evaluate; it has curate, pretrain, publish. To add it give evaluate={}"),
+        (["pretrain", "laptop", "train.steps=5"], "warmup_steps 30 does not end within a run of 5 steps; use at most 4"),
         (["lineage", "model-demo"], "'model-demo' is not an artifact; write kind/name@version"),
         (["lineage", "modle/demo@1"], "'modle/demo@1' is not an artifact; write kind/name@version with kind one of raw,"),
         (["lineage"], "heliostat lineage takes one artifact, got nothing"),
         (["why", "curated/demo@1"], "heliostat why takes a curated artifact and an image id or source"),
         (["artifacts", "stor=x"], "unknown key: stor. This verb takes store="),
         (["artifacts", "store=gs://bucket/x"], "store scheme gs:// is not known; use a local path or s3://bucket/prefix"),
-        (["pretrain", "demo", "data=photos/1"], "'photos/1' is not an artifact; write kind/name@version"),
+        (["pretrain", "laptop", "data=photos/1"], "'photos/1' is not an artifact; write kind/name@version"),
         (["pretrain", "data=raw/demo@1"], "data=raw/demo@1 is an artifact: name the recipe that trains on it"),
     ],
 )
@@ -129,7 +160,7 @@ def test_a_wrong_recipe_file_is_refused(capsys: pytest.CaptureFixture[str], tmp_
     assert said in error
 
 
-@pytest.mark.parametrize("verb", [["pretrain"], ["ingest", "demo"]])
+@pytest.mark.parametrize("verb", [["pretrain"], ["ingest", "laptop"]])
 def test_a_folder_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path, verb: list[str]) -> None:
     status, error = refused(capsys, *verb, "pool=./nowhere" if len(verb) == 2 else "data=./nowhere")
     assert status == 1
@@ -169,7 +200,7 @@ def test_a_version_with_another_configuration_is_refused_with_the_changed_field(
     digest = {"source_digest": "of other files", "images_per_shard": 512}
     draft = artifacts.begin(ArtifactRef("raw", "demo", "1"), config=digest, inputs={}, notify=print)
     before = draft.commit(counts={}).record
-    assert main(["ingest", "demo", f"pool={photos}", "store=store"]) == 1
+    assert main(["ingest", "laptop", f"pool={photos}", "store=store"]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "raw/demo@1 exists with another configuration (source_digest: of other files -> " in error
@@ -190,7 +221,7 @@ def test_a_version_with_another_configuration_is_refused_with_the_changed_field(
     ],
 )
 def test_a_missing_input_is_named_with_the_verb_that_makes_it(capsys, tmp_path: Path, verb, missing, made_by) -> None:
-    status, error = refused(capsys, verb, "demo", "store=store")
+    status, error = refused(capsys, verb, "laptop", "store=store")
     assert status == 1
     assert f"no artifact {missing} in store; `heliostat {made_by}` makes it, run that first" in error
     assert not (tmp_path / "store").exists()
@@ -211,7 +242,7 @@ def test_an_empty_store_lists_nothing(capsys: pytest.CaptureFixture[str], tmp_pa
 
 def test_a_cluster_that_is_not_there_is_reported_soon(capsys: pytest.CaptureFixture[str], photos: Path) -> None:
     started = time.monotonic()
-    status, error = refused(capsys, "ingest", "demo", f"pool={photos}", "store=store", "cluster.address=127.0.0.1:1")
+    status, error = refused(capsys, "ingest", "laptop", f"pool={photos}", "store=store", "cluster.address=127.0.0.1:1")
     assert time.monotonic() - started < CLUSTER_SECONDS
     assert status == 1
     assert "no Ray cluster answers at 127.0.0.1:1 (Connection refused); start one with `ray start --head`" in error
@@ -219,7 +250,7 @@ def test_a_cluster_that_is_not_there_is_reported_soon(capsys: pytest.CaptureFixt
 
 def test_cpus_cannot_be_set_for_a_cluster_that_is_joined(capsys: pytest.CaptureFixture[str], photos: Path) -> None:
     where = ["cluster.address=127.0.0.1:1", "cluster.num_cpus=4"]
-    status, error = refused(capsys, "ingest", "demo", f"pool={photos}", "store=store", *where)
+    status, error = refused(capsys, "ingest", "laptop", f"pool={photos}", "store=store", *where)
     assert status == 2
     assert "cluster.num_cpus=4 cannot be set for the cluster at 127.0.0.1:1; remove it" in error
 
@@ -229,7 +260,7 @@ def test_cpus_cannot_be_set_for_a_cluster_that_is_joined(capsys: pytest.CaptureF
 def test_a_bucket_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str], photos: Path) -> None:
     bucket = f"absent-{uuid.uuid4().hex[:12]}"
     store = f"store=s3://{bucket}/runs"
-    status, error = refused(capsys, "ingest", "demo", f"pool={photos}", store, "tracking.uri=none")
+    status, error = refused(capsys, "ingest", "laptop", f"pool={photos}", store, "tracking.uri=none")
     assert status == 1
     assert f"no bucket {bucket}; create it or choose another store=" in error
 
@@ -239,7 +270,7 @@ def test_a_wrong_secret_is_refused_without_showing_it(capsys, s3_server, s3_buck
     if not s3_server.checks_signatures:
         pytest.skip("this S3 server accepts every signature")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-secret-value")
-    status, error = refused(capsys, "ingest", "demo", f"pool={photos}", f"store={s3_bucket}/runs", "tracking.uri=none")
+    status, error = refused(capsys, "ingest", "laptop", f"pool={photos}", f"store={s3_bucket}/runs", "tracking.uri=none")
     assert status == 1
     assert "was refused" in error
     assert "wrong-secret-value" not in error
@@ -249,18 +280,18 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     from heliostat.errors import ConfigError
 
     monkeypatch.setenv("HELIOSTAT_DEBUG", "")  # restored after the test
-    with pytest.raises(ConfigError, match="no recipe at demmo"):
+    with pytest.raises(ConfigError, match=r"no recipe at demmo\. Did you mean laptop"):
         main(["run", "demmo", "--debug"])
 
 
 def test_a_dry_run_prints_a_recipe_that_can_be_kept_and_writes_nothing(capsys, tmp_path: Path) -> None:
-    assert main(["run", "demo", "--dry-run", "version=7", "distill.optim.lr=5e-4"]) == 0
+    assert main(["run", "laptop", "--dry-run", "version=7", "distill.optim.lr=5e-4"]) == 0
     printed, _, costs = capsys.readouterr().out.partition("\n# what this would cost")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "kept.yaml").write_text(printed)
     kept = load_recipe(Recipe, "kept.yaml")
     assert (kept.version, kept.distill.optim.lr, kept.pretrain.optim.lr) == ("7", 5e-4, 1e-3)
-    assert kept == load_recipe(Recipe, "demo", ["version=7", "distill.optim.lr=5e-4"])
+    assert kept == load_recipe(Recipe, "laptop", ["version=7", "distill.optim.lr=5e-4"])
     assert "# pretrain: " in costs
     assert "# sweep: 6 trials, 2 at a time" in costs
 
@@ -281,4 +312,6 @@ def test_lineage_and_artifacts_print_what_a_store_holds(capsys: pytest.CaptureFi
 
 def test_the_shipped_recipes_are_listed_with_their_first_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes"]) == 0
-    assert capsys.readouterr().out.startswith("demo ")
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed] == shipped_recipes()
+    assert all(len(line.split(maxsplit=1)[1]) > 20 for line in listed)

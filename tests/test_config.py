@@ -236,23 +236,23 @@ def test_a_recipe_that_is_not_text_is_refused(tmp_path: Path) -> None:
 
 def test_a_recipe_is_found_by_path_first_and_by_name_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert find_recipe("demo") == RECIPES / "demo.yaml"
-    assert find_recipe("recipes/demo.yaml") == RECIPES / "demo.yaml"
-    (tmp_path / "demo.yaml").write_text("{}\n")
-    assert find_recipe("demo.yaml") == Path("demo.yaml")
+    assert find_recipe("laptop") == RECIPES / "laptop.yaml"
+    assert find_recipe("recipes/laptop.yaml") == RECIPES / "laptop.yaml"
+    (tmp_path / "laptop.yaml").write_text("{}\n")
+    assert find_recipe("laptop.yaml") == Path("laptop.yaml")
 
 
 def test_an_unknown_recipe_names_the_nearest_or_all() -> None:
     with pytest.raises(ConfigError) as caught:
-        find_recipe("dmeo")
-    assert str(caught.value) == "no recipe at dmeo. Did you mean demo?"
+        find_recipe("latpop")
+    assert str(caught.value) == "no recipe at latpop. Did you mean laptop?"
     with pytest.raises(ConfigError) as caught:
         find_recipe("somewhere/qqqqqqqq.yaml")
     assert str(caught.value) == f"no recipe at somewhere/qqqqqqqq.yaml. Shipped recipes: {', '.join(shipped_recipes())}"
 
 
 def test_every_shipped_recipe_is_a_mapping() -> None:
-    assert "demo" in shipped_recipes()
+    assert "laptop" in shipped_recipes()
     for name in shipped_recipes():
         assert load_mapping(find_recipe(name)), name
 

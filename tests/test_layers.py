@@ -36,6 +36,12 @@ OWNERS = {
     "urllib.request": ["curation/fetch.py"],
     "http.client": ["curation/fetch.py"],
     "triton": ["kernels/"],
+    "transformers": ["publishing/huggingface_format.py"],
+    "timm": ["publishing/timm_format.py"],
+    "onnx": ["publishing/onnx_format.py"],
+    "onnxruntime": ["publishing/onnx_format.py"],
+    "onnxscript": ["publishing/onnx_format.py"],
+    "torchvision": ["publishing/torchvision_operators.py"],
 }
 
 

@@ -23,11 +23,11 @@ STAGE_VERBS = {
     "sweep": "try settings side by side: sweep/<name>@<version>",
     "distill": "train a smaller student of the model: model/<name>-student@<version>",
     "evaluate": "k-NN and linear probe against baselines: report/<name>@<version>",
-    "publish": "safetensors and model card, checked: release/<name>@<version>",
+    "publish": "weights in the formats of others and a model card, checked: release/<name>@<version>",
 }
 OTHER_VERBS = {
     "run": "all stages of a recipe in order; finished ones are reused",
-    "demo": "run recipes/demo.yaml: the whole chain on real photographs",
+    "demo": "run the recipe laptop: the whole chain on real photographs",
     "lineage": "print what an artifact was made from: heliostat lineage KIND/NAME@VERSION",
     "artifacts": "list the complete artifacts of a store",
     "why": "tell the story of one image: heliostat why CURATED-ARTIFACT ID-OR-SOURCE",
@@ -106,7 +106,7 @@ def dispatch(request: Request) -> None:
             raise UsageError("heliostat why takes a curated artifact and an image id or source; see heliostat --help")
         verbs.print_why(request.words[0], request.words[1], request.overrides)
     elif request.verb == "demo":
-        verbs.run_recipe(_one_word(request, "recipe", "demo"), request.overrides, dry_run=request.dry_run)
+        verbs.run_recipe(_one_word(request, "recipe", "laptop"), request.overrides, dry_run=request.dry_run)
     elif request.verb == "run":
         verbs.run_recipe(_one_word(request, "recipe"), request.overrides, dry_run=request.dry_run)
     else:

@@ -65,16 +65,22 @@ def shipped_recipes() -> list[str]:
 
 
 def find_recipe(name: str) -> Path:
-    """Resolve a recipe argument: an existing file first, else a shipped recipe by its stem (`demo`, `recipes/demo.yaml`)."""
+    """Resolve a recipe argument: an existing file first, else a shipped one by its stem (`laptop`, `recipes/laptop.yaml`)."""
     path = Path(name)
     if path.is_file():
         return path
     shipped = RECIPES / f"{path.stem}.yaml"
     if shipped.is_file() and str(path.parent) in (".", "recipes"):
         return shipped
-    near = difflib.get_close_matches(path.stem, shipped_recipes(), n=1)
-    hint = f"Did you mean {near[0]}?" if near else f"Shipped recipes: {', '.join(shipped_recipes())}"
+    known = _names_in_recipes() | {stem: stem for stem in shipped_recipes()}
+    near = difflib.get_close_matches(path.stem, known, n=1)
+    hint = f"Did you mean {known[near[0]]}?" if near else f"Shipped recipes: {', '.join(shipped_recipes())}"
     raise ConfigError(f"no recipe at {name}. {hint}")
+
+
+def _names_in_recipes() -> dict[str, str]:
+    """Name inside a shipped recipe -> its stem: people ask for what artifacts show (`model/demo@1`: laptop.yaml)."""
+    return {str(load_mapping(RECIPES / f"{stem}.yaml")["name"]): stem for stem in shipped_recipes()}
 
 
 def parse_yaml(text: str, source: str) -> Any:

@@ -82,7 +82,7 @@ class TrackingError(HeliostatError):
 
 
 class PublishError(HeliostatError):
-    """A published file failed its parity check."""
+    """An export could not be made, or failed its parity check."""
 
 
 class ClusterError(HeliostatError):

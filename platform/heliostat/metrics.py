@@ -33,11 +33,18 @@ _TABLE = (
     Metric("train/dino_local", "nats", "DINO cross-entropy of local crops against global ones", live=True),
     Metric("train/ibot", "nats", "half of the masked patch cross-entropy", live=True),
     Metric("train/koleo", "nats", "half of the KoLeo term times its weight", live=True),
-    Metric("train/lr", "1", "learning rate of the backbone before per-group multipliers", live=True),
+    Metric("train/lr", "1", "learning rate before per-group multipliers", live=True),
+    Metric("train/dino_global_at_uniform", "nats", "train/dino_global while the student's outputs are uniform (from ln K)"),
+    Metric("train/dino_local_at_uniform", "nats", "train/dino_local while the student's outputs are uniform"),
+    Metric("train/ibot_at_uniform", "nats", "train/ibot while the student's outputs are uniform, averaged over masks"),
+    Metric("train/backbone_lr", "1", "learning rate of the backbone: train/lr unless the run starts from given weights"),
     Metric("train/weight_decay", "1", "weight decay of the decayed groups"),
     Metric("train/teacher_momentum", "1", "EMA momentum of the teacher"),
     Metric("train/teacher_temp", "1", "softmax temperature of the teacher"),
     Metric("train/grad_norm", "1", "largest gradient norm over the clipped sub-modules, before clipping", live=True),
+    Metric("train/grad_norm_backbone", "1", "gradient norm of the backbone before clipping"),
+    Metric("train/grad_norm_dino_head", "1", "gradient norm of the DINO head before clipping"),
+    Metric("train/grad_norm_ibot_head", "1", "gradient norm of the separate iBOT head before clipping"),
     Metric("train/images_per_second", "images/s", "images consumed by all workers per second", live=True),
     Metric("train/data_wait_ratio", "1", "share of the step spent waiting for the loader", live=True),
     Metric("train/skipped_steps", "steps", "steps skipped because a loss was not finite", live=True),
@@ -50,12 +57,23 @@ _TABLE = (
     ),
     Metric("train/rankme", "1", "effective rank of the student's cls tokens on the main rank's images, 1 to images or width"),
     Metric("train/prototype_usage", "1", "share of the prototypes that the teacher uses on the main rank's images"),
-    Metric("train/teacher_entropy", "nats", "mean entropy of the teacher's targets"),
+    Metric(
+        "train/teacher_entropy", "nats", "mean entropy of the teacher's targets: no student gets its cross-entropy below it"
+    ),
+    Metric("train/teacher_entropy_at_uniform", "nats", "ln K, the entropy of a teacher that says nothing"),
+    Metric(
+        "train/kl_to_teacher", "nats", "divergence of the student from its targets, mean over the global pairs: 0 all learnt"
+    ),
+    Metric("train/collapse_signs", "1", "signs of collapse after the warm-ups: 0 healthy", live=True),
     Metric("curate/rows_in", "images", "images that entered curation", live=True),
     Metric("curate/rows_kept", "images", "images in the curated set", live=True),
     Metric("curate/shards_done", "shards", "shards whose embeddings are complete", live=True),
     Metric("evaluate/knn_accuracy", "1", "weighted k-NN top-1 accuracy on held-out images"),
-    Metric("publish/largest_difference", "1", "largest difference between the published file's features and the model's"),
+    Metric(
+        "publish/largest_difference",
+        "1",
+        "largest difference of any token between the model and a published format, over all formats",
+    ),
     Metric("evaluate/linear_accuracy", "1", "linear probe top-1 accuracy on held-out images"),
 )
 

@@ -25,7 +25,7 @@ def test_masks_are_blocks_not_scattered_patches() -> None:
 
 
 def test_half_of_the_crops_are_masked_with_stratified_ratios() -> None:
-    counts = np.stack([batch_masks(64, (16, 16), (0.1, 0.5), 0.5, (0, step, 0)).sum(axis=1) for step in range(40)])
+    counts = np.stack([batch_masks(MaskSettings(14), (16, 16), 32, seed=0, step=step).sum(axis=1) for step in range(40)])
     assert ((counts > 0).sum(axis=1) == 32).all()
     assert abs(counts.mean() / 256 - 0.149) < 0.002  # measured on the reference
     ordered = np.sort(counts, axis=1)[:, 32:] / 256
@@ -35,12 +35,31 @@ def test_half_of_the_crops_are_masked_with_stratified_ratios() -> None:
     assert (counts > 0).mean(axis=0).min() > 0.2  # every place in the batch gets its share
 
 
-def test_masks_are_a_pure_function_of_seed_step_and_rank() -> None:
-    def draw(*key: int) -> bytes:
-        return batch_masks(16, (14, 14), (0.1, 0.5), 0.5, (key[0], key[1], key[2])).tobytes()
+def test_masks_are_a_pure_function_of_seed_and_step() -> None:
+    def draw(seed: int, step: int) -> bytes:
+        return batch_masks(MaskSettings(14), (14, 14), 8, seed=seed, step=step).tobytes()
 
-    assert draw(1, 2, 3) == draw(1, 2, 3)
-    assert len({draw(1, 2, 3), draw(0, 2, 3), draw(1, 0, 3), draw(1, 2, 0)}) == 4
+    assert draw(1, 2) == draw(1, 2)
+    assert len({draw(1, 2), draw(0, 2), draw(1, 0)}) == 3
+    np.random.seed(0)
+    before = draw(1, 2)
+    np.random.seed(1)
+    assert draw(1, 2) == before
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_ranks_draw_their_rows_of_the_whole_batch(num_ranks: int) -> None:
+    whole = batch_masks(MaskSettings(14), (16, 16), 8, seed=3, step=5).reshape(2, 8, 256)
+    share = 8 // num_ranks
+    for rank in range(num_ranks):
+        own = range(rank * share, (rank + 1) * share)
+        masks = batch_masks(MaskSettings(14), (16, 16), 8, seed=3, step=5, own=own)
+        assert (masks.reshape(2, share, 256) == whole[:, own.start : own.stop]).all()
+
+
+def test_no_two_crops_of_a_batch_have_the_same_mask() -> None:
+    masks = batch_masks(MaskSettings(14, (0.3, 0.4), 1.0), (16, 16), 32, seed=0, step=0)
+    assert len({mask.tobytes() for mask in masks}) == 64
 
 
 @pytest.mark.parametrize("grid_hw", [(1, 1), (2, 2), (4, 4), (3, 9)])
@@ -51,8 +70,8 @@ def test_tiny_grids_end_with_at_most_the_requested_patches(grid_hw: tuple[int, i
 
 
 def test_no_probability_and_no_ratio_mean_no_masks() -> None:
-    assert not batch_masks(8, (4, 4), (0.1, 0.5), 0.0, (0, 0, 0)).any()
-    assert not batch_masks(8, (4, 4), (0.0, 0.0), 1.0, (0, 0, 0)).any()
+    assert not batch_masks(MaskSettings(8, (0.1, 0.5), 0.0), (4, 4), 4, seed=0, step=0).any()
+    assert not batch_masks(MaskSettings(8, (0.0, 0.0), 1.0), (4, 4), 4, seed=0, step=0).any()
 
 
 def test_settings_that_fit_no_crop_are_refused_with_the_fix() -> None:

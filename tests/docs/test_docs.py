@@ -18,7 +18,7 @@ import pytest
 
 from heliostat.artifacts import ArtifactRef
 from heliostat.cli import STAGE_VERBS, parse
-from heliostat.config import find_recipe, walk_fields
+from heliostat.config import find_recipe, shipped_recipes, walk_fields
 from heliostat.data.photographs import crops
 from heliostat.errors import HeliostatError, UsageError
 from heliostat.runtime.recipe import Recipe, read_recipe, scope_overrides
@@ -86,7 +86,7 @@ def check_heliostat(words: list[str]) -> str:
     if not request.words and request.verb != "demo":
         assert any(override.startswith("data=") for override in request.overrides), words
         return target
-    name = request.words[0] if request.words else "demo"
+    name = request.words[0] if request.words else "laptop"
     check_recipe(read_recipe(name, request.overrides, stage), stage)
     return target
 
@@ -141,7 +141,7 @@ def test_every_command_of_a_guide_is_one_that_works(path: Path, tmp_path: Path, 
     monkeypatch.chdir(tmp_path)
     minimal = (
         "name: birds\ningest: {pool: ./photos}\ncurate: {}\npretrain:\n"
-        + find_recipe("demo").read_text(encoding="utf-8").partition("\npretrain:\n")[2].partition("\nsweep:")[0]
+        + find_recipe("laptop").read_text(encoding="utf-8").partition("\npretrain:\n")[2].partition("\nsweep:")[0]
     )
     for name in ("birds.yaml", "photos.yaml"):  # pages other than own_data.md take these from the reader
         (tmp_path / name).write_text(minimal, encoding="utf-8")
@@ -153,20 +153,31 @@ def test_every_command_of_a_guide_is_one_that_works(path: Path, tmp_path: Path, 
             check_command(words)
 
 
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_the_commands_in_a_recipe_s_comments_work_and_its_advice_for_fewer_gpus_keeps_the_images_per_gpu(name: str) -> None:
+    text = find_recipe(name).read_text(encoding="utf-8")
+    for line in re.findall(r"^#   (heliostat .*)$", text, re.M):
+        check_command(shlex.split(line))
+    for advice in re.findall(r"pretrain\.scaling\.num_workers=\d+ pretrain\.train\.global_batch_size=\d+", text):
+        few, many = read_recipe(name, (*advice.split(), "pretrain.phases=[]")).pretrain, read_recipe(name).pretrain
+        images = [one.train.global_batch_size / one.scaling.num_workers for one in (few, many)]
+        assert images[0] == images[1]
+
+
 @pytest.mark.parametrize(
     ("line", "error"),
     [
-        ("heliostat pretain demo", UsageError),
-        ("heliostat pretrain demo optim.rl=1", AssertionError),
-        ("heliostat pretrain demo optim.lr=fast", UsageError),
+        ("heliostat pretain laptop", UsageError),
+        ("heliostat pretrain laptop optim.rl=1", AssertionError),
+        ("heliostat pretrain laptop optim.lr=fast", UsageError),
         ("heliostat run nowhere.yaml", UsageError),
         ("heliostat pretrain", AssertionError),
         ("heliostat lineage demo", UsageError),
         ("heliostat artifacts demo.store=x", AssertionError),
-        ("heliostat pretrain demo train.steps=20", UsageError),
+        ("heliostat pretrain laptop train.steps=20", UsageError),
         ("make everything", AssertionError),
-        ("python jobs/train.py demo", AssertionError),
-        ("ray job submit --address http://127.0.0.1:8265 --working-dir . -- python jobs/run.py demo version=a/b", UsageError),
+        ("python jobs/train.py laptop", AssertionError),
+        ("ray job submit --address http://127.0.0.1:8265 --working-dir . -- python jobs/run.py laptop version=a/b", UsageError),
         ("ray up cluster.yaml", AssertionError),
         ("conda install heliostat", AssertionError),
     ],
@@ -262,7 +273,7 @@ def test_the_first_commands_of_the_guide_to_own_data_run_as_they_stand(tmp_path:
     assert "reused, made" in outputs["heliostat ingest birds.yaml"]
     assert "Ray:" not in outputs["heliostat ingest birds.yaml"]
     assert outputs["heliostat curate birds.yaml --dry-run"].startswith("name: birds\n")
-    assert outputs["heliostat recipes"].startswith("demo ")
+    assert "\nlaptop " in outputs["heliostat recipes"]
 
 
 def test_a_chosen_recipe_can_be_kept_and_run_as_the_readme_says(
@@ -283,5 +294,16 @@ def test_a_chosen_recipe_can_be_kept_and_run_as_the_readme_says(
 def test_what_the_guide_says_about_errors_is_what_is_printed(tmp_path: Path) -> None:
     guide = (DOCS / "guides" / "own_data.md").read_text(encoding="utf-8")
     with pytest.raises(HeliostatError) as refused:
-        read_recipe("demo", ("pretrain.optim.rl=1",))
-    assert str(refused.value).removeprefix("demo.yaml: ") in guide
+        read_recipe("laptop", ("pretrain.optim.rl=1",))
+    assert str(refused.value).removeprefix("laptop.yaml: ") in guide
+
+
+def test_the_method_page_runs_from_top_to_bottom() -> None:
+    """Block after block in one namespace, as a reader would paste them."""
+    namespace: dict[str, object] = {}
+    for number, block in enumerate(blocks(DOCS / "reference" / "method.md")):
+        if block.language == "python":
+            exec(compile(block.text, f"method.md, block {number}", "exec"), namespace)
+    result = namespace["result"]
+    assert set(result.losses) == {f"small/{name}" for name in ("dino_global", "dino_local", "ibot", "koleo")}
+    assert result.not_finite == []

@@ -139,7 +139,7 @@ def test_a_second_run_reuses_everything_and_says_so(finished) -> None:
 
 def test_a_changed_setting_under_the_same_version_is_refused_with_the_field(finished, capsys) -> None:
     store, _ = finished
-    assert main(["pretrain", find_recipe("demo").as_posix(), *SMALL, "pretrain.optim.lr=5e-4", f"store={store}"]) == 1
+    assert main(["pretrain", find_recipe("laptop").as_posix(), *SMALL, "pretrain.optim.lr=5e-4", f"store={store}"]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "model/demo@1 exists with another configuration (optim.lr: 0.001 -> 0.0005)" in error

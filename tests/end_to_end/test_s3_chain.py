@@ -27,7 +27,7 @@ CHAIN = ["raw/demo@1", "raw/demo-curated@1", "curated/demo@1", "model/demo@1"]
 
 
 def words(verb: str, folder: Path) -> list[str]:
-    return [verb, "demo", *SHORT, f"tracking.uri=sqlite:///{folder / 'runs.db'}"]
+    return [verb, "laptop", *SHORT, f"tracking.uri=sqlite:///{folder / 'runs.db'}"]
 
 
 def finish(verb: str, store: str, folder: Path) -> str:

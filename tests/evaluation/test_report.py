@@ -40,7 +40,11 @@ def inputs(name: str = "teacher") -> ReportInputs:
     )
     return ReportInputs(
         title=name,
-        results={"rows": [row("random weights", num_seeds=3, knn_std=0.031), row(name)], "margins": [margin]},
+        results={
+            "rows": [row("random weights", num_seeds=3, knn_std=0.031), row(name)],
+            "margins": [margin],
+            "scratch_lines": [],
+        },
         pictures={"pca": b"\x89PNG-one", "neighbors": b"\x89PNG-two"},
         histories={"model": history, "student": history},
         funnel=[{"stage": name, "rows_in": 5000, "rows_kept": 4999, "dropped_by_reason": {name: 1}}],

@@ -6,7 +6,8 @@ import torch
 
 from heliostat.models.config import HeadConfig
 from heliostat.models.heads import ProjectionHead
-from heliostat.models.weights import from_fair_names, load_state, submodule_state
+from heliostat.models.names import from_fair_names
+from heliostat.models.weights import load_state, submodule_state
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SMALL = HeadConfig(out_dim=12, hidden_dim=10, bottleneck_dim=6, nlayers=3)

@@ -1,20 +1,13 @@
-import pickle
-
 import pytest
 import torch
 
 from heliostat.errors import CheckpointError
-from heliostat.models.config import BackboneConfig, HeadConfig
-from heliostat.models.heads import ProjectionHead
+from heliostat.models.config import BackboneConfig
 from heliostat.models.vit import VisionTransformer
 from heliostat.models.weights import (
     fit_pos_embed,
-    from_fair_names,
     load_state,
-    read_fair_weights,
     read_weights,
-    submodule_state,
-    to_fair_names,
     write_weights,
 )
 
@@ -46,9 +39,8 @@ def test_a_truncated_file_is_refused_at_every_length(tmp_path, share):
 
 
 def test_missing_files_are_reported_in_one_line(tmp_path):
-    for read in (read_weights, read_fair_weights):
-        with pytest.raises(CheckpointError, match="cannot read weights"):
-            read(tmp_path / "absent")
+    with pytest.raises(CheckpointError, match="cannot read weights"):
+        read_weights(tmp_path / "absent")
 
 
 def test_an_unwritable_place_is_reported(tmp_path):
@@ -78,61 +70,6 @@ def test_a_long_list_of_keys_is_cut_short():
     backbone = VisionTransformer(CONFIG)
     with pytest.raises(CheckpointError, match=rf"{len(backbone.state_dict())} missing: (\S+, ){{5}}\.\.\.$"):
         load_state(backbone, {}, "empty state")
-
-
-def test_fair_names_of_heads_and_chunked_blocks_are_translated():
-    head = ProjectionHead(16, HeadConfig(out_dim=12, hidden_dim=10, bottleneck_dim=6))
-    fair = to_fair_names(head.state_dict())
-    assert {"last_layer.weight_g", "last_layer.weight_v"} <= fair.keys()
-    load_state(head, from_fair_names(fair), "head")
-    assert list(from_fair_names({"backbone.blocks.1.6.norm1.weight": torch.zeros(1)})) == ["backbone.blocks.6.norm1.weight"]
-    assert list(from_fair_names({"blocks.6.norm1.weight": torch.zeros(1)})) == ["blocks.6.norm1.weight"]
-
-
-def test_a_state_that_mixes_two_layouts_is_refused():
-    with pytest.raises(CheckpointError, match="mixes two layouts"):
-        from_fair_names({"blocks.0.1.norm1.weight": torch.zeros(1), "blocks.1.norm1.weight": torch.zeros(1)})
-
-
-def test_released_files_and_training_checkpoints_are_read(tmp_path):
-    state = backbone_state()
-    torch.save(dict(state), tmp_path / "released.pth")
-    load_state(VisionTransformer(CONFIG), read_fair_weights(tmp_path / "released.pth"), "released")
-    torch.save({"teacher": {f"backbone.{key}": value for key, value in state.items()}}, tmp_path / "run.pth")
-    teacher = read_fair_weights(tmp_path / "run.pth")
-    load_state(VisionTransformer(CONFIG), submodule_state(teacher, "backbone"), "run")
-
-
-class Payload:
-    def __reduce__(self):
-        return (print, ("code from the file was run",))
-
-
-def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, capsys):
-    path = tmp_path / "evil.pth"
-    torch.save({"weight": Payload()}, path)
-    with pytest.raises(CheckpointError, match="not a file of plain tensors"):
-        read_fair_weights(path)
-    path.write_bytes(pickle.dumps(Payload(), protocol=2))
-    with pytest.raises(CheckpointError, match="not a file of plain tensors"):
-        read_fair_weights(path)
-    assert "code from the file" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("share", [0.0, 0.5, 0.999])
-def test_a_truncated_pth_is_refused(tmp_path, share):
-    path = tmp_path / "released.pth"
-    torch.save(dict(backbone_state()), path)
-    data = path.read_bytes()
-    path.write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(CheckpointError, match="is truncated"):
-        read_fair_weights(path)
-
-
-def test_a_pth_that_is_not_a_state_dict_is_refused(tmp_path):
-    torch.save({"step": 3}, tmp_path / "other.pth")
-    with pytest.raises(CheckpointError, match="does not hold a state dict"):
-        read_fair_weights(tmp_path / "other.pth")
 
 
 def test_a_position_embedding_is_fitted_to_another_native_size():

@@ -1,120 +1,170 @@
-"""A release is read back before it counts; the snippet of its card runs as it stands."""
+"""Nothing is published that its own library does not read back as the model."""
 
+import importlib.util
 import json
-import subprocess
-import sys
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from random_backbone import random_model, tiny_config
 from tiny_training import job, settings, train
 
 from heliostat.artifacts import Artifact, ArtifactRef, ArtifactStore
-from heliostat.errors import CheckpointError, PublishError
-from heliostat.models.stored import read_backbone, read_info, tensors_from_bytes, tensors_to_bytes
-from heliostat.publishing.card import render_card
+from heliostat.config import validate
+from heliostat.errors import ConfigError, PublishError, UsageError
+from heliostat.models.weights import save_file as real_save_file
 from heliostat.publishing.config import PublishConfig
-from heliostat.publishing.export import config_json, export_safetensors, parity
+from heliostat.publishing.export import FORMATS, check_architecture, check_libraries, export_formats
+from heliostat.publishing.torchvision_operators import import_torchvision
 from heliostat.storage import LocalStore
+
+ALL = PublishConfig(formats=("fair", "huggingface", "timm", "onnx"))
+FILES = {
+    "fair": ["config.json", "model.safetensors"],
+    "huggingface": ["huggingface/config.json", "huggingface/model.safetensors", "huggingface/preprocessor_config.json"],
+    "timm": ["timm/config.json", "timm/model.safetensors"],
+    "onnx": ["onnx/model.onnx", "onnx/preprocessing.json"],
+}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """A model artifact of five training steps."""
-    artifacts = ArtifactStore(LocalStore(tmp_path_factory.mktemp("store")))
+    return random_model(tmp_path_factory.mktemp("store"), tiny_config("swiglu_registers"))
+
+
+def files_below(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_every_format_is_written_and_says_how_near_it_is(model: Artifact, tmp_path: Path) -> None:
+    differences = export_formats(model, ALL, tmp_path)
+    assert list(differences) == list(FORMATS) == list(FILES)
+    assert max(differences.values()) < 1e-4
+    assert differences["fair"] == 0.0
+    assert files_below(tmp_path) == sorted([*(name for names in FILES.values() for name in names), "parity.json"])
+    parity = json.loads((tmp_path / "parity.json").read_text())
+    assert parity["largest_difference"] == differences
+    assert parity["images"] == {"shape": [4, 3, 32, 32], "pixels": "normal", "seed": 0}
+    assert parity["tolerance"] == 1e-4
+    assert sorted(parity["libraries"]) == ["onnx", "onnxruntime", "onnxscript", "timm", "torch", "transformers"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_one_format_alone_leaves_its_own_files_only(model: Artifact, tmp_path: Path, name) -> None:
+    assert list(export_formats(model, PublishConfig(formats=(name,)), tmp_path)) == [name]
+    assert files_below(tmp_path) == sorted([*FILES[name], "parity.json"])
+
+
+def test_a_trained_model_without_registers_is_published_too(tmp_path: Path) -> None:
+    artifacts = ArtifactStore(LocalStore(tmp_path / "store"))
     draft = artifacts.begin(ArtifactRef("model", "tiny", "1"), config={}, inputs={}, notify=print)
-    train(job(draft.files, settings("train.steps=5")))
-    return draft.commit(counts={"steps": 5}, code_version="0.1.0")
+    released = ("student.num_register_tokens=0", "student.interpolate_antialias=false", "student.interpolate_offset=0.1")
+    train(job(draft.files, settings("train.steps=5", *released)))
+    model = draft.commit(counts={"steps": 5}, code_version="0.1.0")
+    (tmp_path / "release").mkdir()
+    assert max(export_formats(model, ALL, tmp_path / "release").values()) < 1e-4
 
 
-def card(model: Artifact, **changes) -> str:
-    values = {"lineage": ["model/tiny@1"], "rows": [], "difference": 0.0, "config": PublishConfig(license="mit")} | changes
-    return render_card(record=model.record, info=read_info(model), **values)
+def altered(parameter: torch.Tensor) -> None:
+    with torch.no_grad():
+        parameter.view(-1)[0] += 0.1
 
 
-def test_an_exported_file_gives_the_models_features_exactly(model: Artifact) -> None:
-    files, difference = export_safetensors(model, 1e-5)
-    assert sorted(files) == ["config.json", "model.safetensors"]
-    assert difference == 0.0
-    config = json.loads(files["config.json"])
-    assert config["architecture"]["embed_dim"] == 32
-    assert config["preprocessing"] == {
-        "mean": [0.485, 0.456, 0.406],
-        "std": [0.229, 0.224, 0.225],
-        "image_size": 32,
-        "grayscale": False,
-    }
+def damage_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    import_torchvision()
+    from transformers import AutoModel
+
+    real = AutoModel.from_pretrained
+
+    def load(*arguments, **options):
+        model, report = real(*arguments, **options)
+        altered(model.encoder.layer[1].attention.k_proj.weight)
+        return model, report
+
+    monkeypatch.setattr(AutoModel, "from_pretrained", load)
 
 
-@pytest.mark.parametrize("name", ["cls_token", "patch_embed.proj.weight", "norm.bias", "blocks.1.mlp.fc2.weight", "pos_embed"])
-def test_parity_sees_a_change_in_any_part_of_the_weights(model: Artifact, name: str) -> None:
-    backbone, info = read_backbone(model)
-    files, _ = export_safetensors(model, 1e-5)
-    tensors = tensors_from_bytes(files["model.safetensors"], "model.safetensors")
-    tensors[name] = tensors[name] + 10 * torch.randn(tensors[name].shape, generator=torch.Generator().manual_seed(0))
-    assert parity(backbone, info, tensors_to_bytes(tensors), files["config.json"]) > 1e-4
-    tensors[name] = tensors[name] * torch.nan
-    found = parity(backbone, info, tensors_to_bytes(tensors), files["config.json"])
-    assert not found <= 1e-5  # NaN passes no comparison
+def damage_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    import_torchvision()
+    import timm
+
+    real = timm.create_model
+
+    def load(*arguments, **options):
+        model = real(*arguments, **options)
+        altered(model.reg_token)
+        return model
+
+    monkeypatch.setattr(timm, "create_model", load)
 
 
-def test_a_file_that_differs_by_more_than_the_limit_is_not_published(model: Artifact) -> None:
-    with pytest.raises(PublishError, match=r"model\.safetensors of model/tiny@1 .* differ by 0, the limit is -1"):
-        export_safetensors(model, -1.0)
+def damage_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    class Session(onnxruntime.InferenceSession):
+        def run(self, *arguments):
+            first, *rest = super().run(*arguments)
+            return [first * float("nan"), *rest]
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: b"", lambda data: data[:8] + b"{" + data[9:]])
-def test_a_torn_file_is_refused_by_name(model: Artifact, damage) -> None:
-    backbone, info = read_backbone(model)
-    files, _ = export_safetensors(model, 1e-5)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
-        parity(backbone, info, damage(files["model.safetensors"])[:-1], files["config.json"])
+def damage_safetensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    def save(tensors, path, metadata):
+        real_save_file(tensors | {"norm.bias": tensors["norm.bias"] + 0.001}, path, metadata)
+
+    monkeypatch.setattr("heliostat.models.weights.save_file", save)
 
 
-def test_the_snippet_of_the_card_loads_the_release_and_gives_the_models_features(model: Artifact, tmp_path: Path) -> None:
-    files, _ = export_safetensors(model, 1e-5)
-    for name, data in files.items():
-        (tmp_path / name).write_bytes(data)
-    (snippet,) = [part.partition("```")[0] for part in card(model).split("```python\n")[1:]]
-    code = (
-        "import numpy, torch\nimages = torch.from_numpy(numpy.load('images.npy'))\n"
-        f"{snippet}\nnumpy.save('cls.npy', features.cls_BD.detach().numpy())\n"
-        "numpy.save('patches.npy', features.patches_BND.detach().numpy())\n"
-    )
-    images = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
-    np.save(tmp_path / "images.npy", images.numpy())
-    subprocess.run([sys.executable, "-W", "error", "-X", "dev", "-c", code], cwd=tmp_path, check=True, timeout=120)
-    with torch.inference_mode():
-        expected = read_backbone(model)[0](images)
-    np.testing.assert_allclose(np.load(tmp_path / "cls.npy"), expected.cls_BD.numpy(), atol=1e-6)
-    np.testing.assert_allclose(np.load(tmp_path / "patches.npy"), expected.patches_BND.numpy(), atol=1e-6)
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("fair", damage_safetensors),
+        ("huggingface", damage_transformers),
+        ("timm", damage_timm),
+        ("onnx", damage_onnx),
+    ],
+)
+def test_a_library_that_gives_other_features_stops_the_export(
+    model: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name, damage
+) -> None:
+    damage(monkeypatch)
+    message = rf"^{name} of model/tiny@1 gives features that differ by \S+, the limit publish\.parity_tolerance is 0\.0001;"
+    with pytest.raises(PublishError, match=message) as refused:
+        export_formats(model, PublishConfig(formats=(name,)), tmp_path)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "parity.json").exists()
 
 
-def test_the_card_says_what_the_model_is(model: Artifact) -> None:
-    rows = [{"name": "teacher", "version": "colour", "knn": 0.5, "linear": 0.625, "num_seeds": 1}]
-    text = card(model, rows=rows, difference=1e-7)
-    head, _, body = text.removeprefix("---\n").partition("\n---\n")
-    assert "license: mit" in head.splitlines()
-    for shown in ("# tiny, version 1", "vit_tiny, width 32, 2 blocks, 2 heads, patch 8", "5 steps, 40 images seen"):
-        assert shown in body
-    assert "| teacher | colour | 50.0 | 62.5 | 1 |" in body
-    assert "Not evaluated." in card(model)
-    assert model.record.fingerprint[:16] in body
+def test_a_backbone_that_a_format_cannot_hold_is_refused_with_the_formats_that_can() -> None:
+    config = tiny_config("mlp_registers", proj_bias=False)
+    check_architecture(("fair", "onnx"), config)
+    with pytest.raises(ConfigError, match=r"has huggingface, which cannot hold .* \(proj_bias=False.*these can: fair, onnx$"):
+        check_architecture(("fair", "huggingface"), config)
+    with pytest.raises(ConfigError, match=r"has timm, which cannot hold"):
+        check_architecture(("timm",), config)
 
 
-def test_the_front_matter_stays_one_even_with_an_odd_licence(model: Artifact) -> None:
-    import yaml
+def test_a_missing_library_is_named_with_the_command_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_libraries(tuple(FORMATS))
+    real = importlib.util.find_spec
+    absent = {"timm", "onnxscript", "onnxruntime"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in absent else real(name))
+    check_libraries(("fair", "huggingface"))
+    with pytest.raises(UsageError, match=r"has timm, which needs timm: pip install 'heliostat\[export\]'$"):
+        check_libraries(("fair", "timm"))
+    with pytest.raises(UsageError, match=r"has onnx, which needs onnxscript, onnxruntime: pip"):
+        check_libraries(("onnx",))
 
-    config = PublishConfig(license="other: see\nLICENSE")
-    head = card(model, config=config).split("---\n")[1]
-    assert yaml.safe_load(head)["license"] == "other: see\nLICENSE"
 
-
-def test_the_config_of_a_grey_model_says_so(model: Artifact) -> None:
-    info = read_info(model).model_copy(update={"grayscale": True})
-    assert json.loads(config_json(info))["preprocessing"]["grayscale"] is True
-    record = replace(model).record
-    text = render_card(record=record, info=info, config=PublishConfig(), lineage=[], rows=[], difference=0.0)
-    assert "pixels: luminance in 0..1" in text
+@pytest.mark.parametrize(
+    ("formats", "message"),
+    [
+        ([], "formats=.*at least 1 item"),
+        (["fair", "fair"], r"formats: a format is named twice; use \[fair\]"),
+        (["coreml"], "formats.0='coreml': input should be 'fair', 'huggingface', 'timm' or 'onnx'"),
+    ],
+)
+def test_formats_that_make_no_sense_are_refused_in_the_recipe(formats, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        validate(PublishConfig, {"formats": formats}, "publish")

@@ -99,7 +99,8 @@ def fit(work: TrainingJob) -> tuple[dict[str, Any], str]:
     from heliostat.runtime.trainer import TrainingRequest, train
 
     stream = io.StringIO()
-    summary = train(TrainingRequest("model/tiny@1", work, NullTracker(), ""), NullRun(), Progress(stream))
+    request = TrainingRequest({"": "model/tiny@1"}, work, NullTracker(), {"": ""})
+    summary = train(request, {"": NullRun()}, Progress(stream))
     return summary, stream.getvalue()
 
 

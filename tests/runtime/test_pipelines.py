@@ -114,8 +114,13 @@ def test_changed_inputs_under_a_finished_version_are_refused(context: Context) -
 def test_a_missing_input_names_the_verb_that_makes_it(context: Context) -> None:
     with pytest.raises(ArtifactNotFoundError, match=r"no artifact report/x@1 .*`heliostat evaluate` makes it"):
         context.load(ArtifactRef("report", "x", "1"))
-    with pytest.raises(ArtifactNotFoundError, match="`heliostat distill` makes it"):
-        context.load(ArtifactRef("model", "x-student", "1"))
+    with pytest.raises(ArtifactNotFoundError, match="`heliostat pretrain` makes it"):
+        context.load(ArtifactRef("model", "another", "1"))
+    distill = {"students": {"small": {"arch": "vit_tiny"}}, "train": {"steps": 625_000}, "compare_with_scratch": True}
+    context.recipe = Recipe.model_validate({"name": "numbers", "distill": distill})
+    for name in ("numbers-small", "numbers-small-scratch"):
+        with pytest.raises(ArtifactNotFoundError, match="`heliostat distill` makes it"):
+            context.load(ArtifactRef("model", name, "1"))
 
 
 @pytest.mark.parametrize(
@@ -133,7 +138,7 @@ def test_a_missing_input_names_the_verb_that_makes_it(context: Context) -> None:
     ],
 )
 def test_hosts_paths_and_speed_are_not_in_the_fingerprint(override: str) -> None:
-    plain, changed = (read_recipe("demo", words).pretrain for words in ((), (override,)))
+    plain, changed = (read_recipe("laptop", words).pretrain for words in ((), (override,)))
     assert config_of(plain, without=NOT_IN_FINGERPRINT) == config_of(changed, without=NOT_IN_FINGERPRINT)
 
 
@@ -141,7 +146,7 @@ def test_hosts_paths_and_speed_are_not_in_the_fingerprint(override: str) -> None
     "override", ["train.steps=190", "train.seed=1", "train.global_batch_size=32", "decode.min_side_pixels=9"]
 )
 def test_what_changes_the_weights_is_in_the_fingerprint(override: str) -> None:
-    plain, changed = (read_recipe("demo", words, "pretrain").pretrain for words in ((), (override,)))
+    plain, changed = (read_recipe("laptop", words, "pretrain").pretrain for words in ((), (override,)))
     assert config_of(plain, without=NOT_IN_FINGERPRINT) != config_of(changed, without=NOT_IN_FINGERPRINT)
 
 

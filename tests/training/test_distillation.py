@@ -6,9 +6,13 @@ import torch
 from heliostat.data.batch import Batch
 from heliostat.errors import CheckpointError, ConfigError
 from heliostat.models.config import BackboneConfig
-from heliostat.training.config import DinoConfig, IbotConfig, MethodConfig
+from heliostat.training.config import DinoConfig, IbotConfig, MethodConfig, OptimConfig, TeacherConfig
 from heliostat.training.distillation import Distillation
+from heliostat.training.engine import build_engine
 from heliostat.training.method import SelfDistillation
+from heliostat.training.param_groups import build_optimizer
+from heliostat.training.schedules import step_values
+from heliostat.training.step import train_step
 
 TEACHER = BackboneConfig(arch="vit_tiny", embed_dim=32, depth=3, num_heads=4, img_size=56, ffn_layer="swiglufused")
 STUDENT = BackboneConfig(arch="vit_tiny", embed_dim=16, depth=2, num_heads=2, img_size=56)
@@ -25,7 +29,7 @@ def make_method(**changes):
 
 
 def make_distillation(**changes):
-    return Distillation(teacher=TEACHER, student=STUDENT, method=make_method(**changes))
+    return Distillation(teacher=TEACHER, students={"": STUDENT}, method=make_method(**changes))
 
 
 def random_batch():
@@ -34,16 +38,15 @@ def random_batch():
 
 def test_the_teacher_never_changes_and_the_average_follows_the_student():
     model = make_distillation()
-    teacher, start = copy.deepcopy(model.teacher.state_dict()), copy.deepcopy(model.average.state_dict())
-    optimizer = torch.optim.AdamW(model.student.parameters(), lr=1e-2)
+    teacher, start = copy.deepcopy(model.teacher.state_dict()), copy.deepcopy(model.results[""].state_dict())
+    optimizer = torch.optim.AdamW(model.networks[""].parameters(), lr=1e-2)
     for _ in range(2):
         model.weighted_sum(model(random_batch(), 0.05)).backward()
         optimizer.step()
         model.update_teacher(0.5)
     assert all(torch.equal(value, teacher[key]) for key, value in model.teacher.state_dict().items())
-    moved = [key for key, value in model.average.state_dict().items() if not torch.equal(value, start[key])]
+    moved = [key for key, value in model.results[""].state_dict().items() if not torch.equal(value, start[key])]
     assert "backbone.blocks.0.attn.qkv.weight" in moved
-    assert model.final_backbone is model.average.backbone
 
 
 def test_the_student_sees_no_masks_and_has_no_stochastic_depth():
@@ -57,8 +60,9 @@ def test_the_student_sees_no_masks_and_has_no_stochastic_depth():
 def test_ibot_covers_every_patch_of_both_global_crops():
     model, batch = make_distillation(), random_batch()
     with torch.no_grad():
-        student, teacher = model.student_outputs(batch), model.teacher_targets(batch, 0.05)
-        ibot = model.losses(student, teacher, batch)["ibot"]
+        outputs, teacher = model.student_outputs(batch), model.teacher_targets(batch, 0.05)
+        ibot = model.losses(outputs, teacher, batch)["ibot"]
+    student = outputs[""]
     assert student.patches_MK.shape == teacher.patches_MK.shape == (6 * 16, 20)
     log_probabilities = torch.log_softmax(student.patches_MK / 0.1, -1)
     assert ibot.item() == pytest.approx(-(teacher.patches_MK * log_probabilities).sum(1).mean().item(), rel=1e-5)
@@ -67,8 +71,8 @@ def test_ibot_covers_every_patch_of_both_global_crops():
 def test_every_student_parameter_has_a_gradient_and_no_other():
     model = make_distillation()
     model.weighted_sum(model(random_batch(), 0.05)).backward()
-    assert all(parameter.grad is not None for parameter in model.student.parameters())
-    assert all(parameter.grad is None for network in (model.teacher, model.average) for parameter in network.parameters())
+    assert all(parameter.grad is not None for parameter in model.networks[""].parameters())
+    assert all(parameter.grad is None for network in (model.teacher, model.results[""]) for parameter in network.parameters())
 
 
 @pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
@@ -94,13 +98,13 @@ def test_a_teacher_of_another_shape_is_refused():
 
 def test_different_patch_sizes_are_refused():
     with pytest.raises(ConfigError, match="patch_size 28 differs from the teacher's 14"):
-        Distillation(teacher=TEACHER, student=STUDENT.model_copy(update={"patch_size": 28}), method=make_method())
+        Distillation(teacher=TEACHER, students={"": STUDENT.model_copy(update={"patch_size": 28})}, method=make_method())
 
 
 def test_losses_of_a_student_with_uniform_output_have_the_announced_values():
     model = make_distillation()
     with torch.no_grad():
-        for head in (model.student.dino_head, model.student.ibot_head):
+        for head in (model.networks[""].dino_head, model.networks[""].ibot_head):
             head.last_layer.parametrizations.weight.original0.zero_()
     shown = model.logged(model(random_batch(), 0.05))
     for name, value in model.uniform_losses(2).items():
@@ -110,7 +114,7 @@ def test_losses_of_a_student_with_uniform_output_have_the_announced_values():
 def test_a_student_learns_its_teacher():
     torch.manual_seed(0)
     model, batch = make_distillation(), random_batch()
-    optimizer = torch.optim.AdamW(model.student.parameters(), lr=5e-3)
+    optimizer = torch.optim.AdamW(model.networks[""].parameters(), lr=5e-3)
     totals = []
     for _ in range(15):
         total = model.weighted_sum(model(batch, 0.07))
@@ -119,3 +123,45 @@ def test_a_student_learns_its_teacher():
         optimizer.step()
         totals.append(total.item())
     assert totals[-1] < totals[0] - 0.3
+
+
+OTHER = BackboneConfig(arch="vit_tiny", embed_dim=24, depth=1, num_heads=2, img_size=56)
+
+
+def train_students(students, batches):
+    """Two optimizer steps of AdamW for each student, as the loop makes them; returns the students' and averages' states."""
+    torch.manual_seed(3)
+    model = Distillation(teacher=TEACHER, students=students, method=make_method())
+    torch.manual_seed(4)
+    model.load_teacher({f"teacher.{key}": torch.randn_like(value) for key, value in model.teacher.state_dict().items()})
+    config = OptimConfig(lr=1e-3, scaling_rule="none", warmup_steps=0, freeze_last_layer_steps=0)
+    optimizer = build_optimizer(model.networks, config)
+    engine = build_engine(model.networks, optimizer, clip_grad=0.05)
+    shown = []
+    for step, batch in enumerate(batches):
+        values = step_values(step, optim=config, teacher=TeacherConfig(), total_steps=2, global_batch_size=3)
+        shown.append(train_step(model, optimizer, engine, batch, values).logged)
+    return model, shown
+
+
+def test_several_students_compute_what_each_computes_alone():
+    torch.manual_seed(0)
+    batches = [random_batch() for _ in range(2)]
+    both, shown = train_students({"small": STUDENT, "other": OTHER}, batches)
+    for name, config in (("small", STUDENT), ("other", OTHER)):
+        alone, shown_alone = train_students({"": config}, batches)
+        for key, value in alone.networks[""].state_dict().items():
+            assert torch.equal(value, both.networks[name].state_dict()[key]), (name, key)
+        for key, value in alone.results[""].state_dict().items():
+            assert torch.equal(value, both.results[name].state_dict()[key]), (name, key)
+        for step in range(2):
+            own = {key.removeprefix(f"{name}/"): value for key, value in shown[step].items() if key.startswith(f"{name}/")}
+            assert own == shown_alone[step]
+
+
+def test_the_teacher_looks_at_a_batch_once_for_all_students():
+    model, _ = train_students({"small": STUDENT, "other": OTHER}, [])
+    calls = []
+    model.teacher.backbone.register_forward_hook(lambda module, arguments, output: calls.append(1))
+    model(random_batch(), 0.05)
+    assert len(calls) == 1

@@ -9,11 +9,14 @@ import torch
 
 from heliostat.data.batch import Batch
 from heliostat.models.config import BackboneConfig
-from heliostat.models.weights import from_fair_names, load_state, submodule_state
+from heliostat.models.names import from_fair_names
+from heliostat.models.weights import load_state, submodule_state
 from heliostat.training.config import DinoConfig, IbotConfig, MethodConfig, OptimConfig, TeacherConfig
-from heliostat.training.method import SelfDistillation
-from heliostat.training.param_groups import apply_step_values, build_param_groups, multipliers
+from heliostat.training.engine import build_engine
+from heliostat.training.method import SelfDistillation, masked_rows
+from heliostat.training.param_groups import build_optimizer, multipliers
 from heliostat.training.schedules import step_values
+from heliostat.training.step import train_step
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 STEP_FILES = ("steps_shared_sinkhorn", "steps_separate_sinkhorn_registers")
@@ -93,59 +96,46 @@ def largest_difference(module, expected):
     return max(float((state[key] - expected[key]).abs().max()) for key in state)
 
 
-def golden_step(model, arrays, prefix, values):
-    """Forward and backward of one golden step; checks losses and schedule values."""
-    batch = Batch(arrays[f"{prefix}.global_crops"].float(), arrays[f"{prefix}.local_crops"].float(), arrays[f"{prefix}.masks"])
-    teacher = model.teacher_targets(batch, values.teacher_temp)
-    student = model.student_outputs(batch)
-    losses = model.losses(student, teacher, batch)
-    assert torch.equal(student.rows_M, arrays[f"{prefix}.mask_indices"])
-    weights = {"koleo": model.method.dino.koleo_loss_weight, "ibot": model.method.ibot.loss_weight}
+def check_step(result, arrays, prefix, method):
+    """Every loss term and gradient norm of one golden step."""
+    weights = {"koleo": method.dino.koleo_loss_weight, "ibot": method.ibot.loss_weight}
     for name, key in (
         ("dino_local", "dino_local"),
         ("dino_global", "dino_global"),
         ("koleo", "koleo_backpropagated"),
         ("ibot", "ibot_backpropagated"),
     ):
-        term = losses[name].item() * weights.get(name, 1.0)
+        term = result.losses[name].item() * weights.get(name, 1.0)
         # KoLeo is a difference of logarithms near 0, where a relative bound means nothing.
         assert term == pytest.approx(arrays[f"{prefix}.{key}"].item(), rel=1e-5, abs=2e-6), (prefix, name)
-    total = model.weighted_sum(losses)
-    assert total.item() == pytest.approx(arrays[f"{prefix}.total"].item(), rel=1e-5)
-    for name in ("lr", "last_layer_lr", "weight_decay", "momentum", "teacher_temp"):
-        assert getattr(values, name) == pytest.approx(arrays[f"{prefix}.{name}"].item(), rel=1e-12, abs=1e-15)
-    total.backward()
+    assert result.total.item() == pytest.approx(arrays[f"{prefix}.total"].item(), rel=1e-5)
+    for child, norm in result.gradient_norms.items():
+        assert norm == pytest.approx(arrays[f"{prefix}.grad_norm.{child}"].item(), rel=1e-4), (prefix, child)
 
 
 @pytest.mark.parametrize("name", STEP_FILES)
 def test_four_training_steps_equal_the_reference(name):
     arrays, meta = golden(name)
-    model = golden_method(arrays, meta)
-    optim = golden_optim(meta)
-    groups = build_param_groups(model.student, meta["depth"], optim)
-    optimizer = torch.optim.AdamW(groups, betas=(optim.adamw_beta1, optim.adamw_beta2))
+    model, optim = golden_method(arrays, meta), golden_optim(meta)
+    optimizer = build_optimizer(model.networks, optim)
+    engine = build_engine(model.networks, optimizer, clip_grad=optim.clip_grad, keep_gradients=True)
+    schedule = {"total_steps": meta["total_iterations"], "global_batch_size": meta["batch"]}
     for step in range(meta["steps"]):
-        values = step_values(
-            step,
-            optim=optim,
-            teacher=model.method.teacher,
-            total_steps=meta["total_iterations"],
-            global_batch_size=meta["batch"],
-        )
-        apply_step_values(optimizer.param_groups, values)
-        optimizer.zero_grad(set_to_none=True)
-        golden_step(model, arrays, f"step{step}", values)
-        for child, module in model.student.named_children():
-            norm = torch.nn.utils.clip_grad_norm_(module.parameters(), optim.clip_grad)
-            assert norm.item() == pytest.approx(arrays[f"step{step}.grad_norm.{child}"].item(), rel=1e-4), (step, child)
+        prefix = f"step{step}"
+        values = step_values(step, optim=optim, teacher=model.method.teacher, **schedule)
+        for name_of_value in ("lr", "last_layer_lr", "weight_decay", "momentum", "teacher_temp"):
+            expected = arrays[f"{prefix}.{name_of_value}"].item()
+            assert getattr(values, name_of_value) == pytest.approx(expected, rel=1e-12, abs=1e-15)
+        crops = (arrays[f"{prefix}.{crop}_crops"].float() for crop in ("global", "local"))
+        batch = Batch(*crops, arrays[f"{prefix}.masks"])
+        assert torch.equal(masked_rows(batch.masks), arrays[f"{prefix}.mask_indices"])
+        check_step(train_step(model, optimizer, engine, batch, values), arrays, prefix, model.method)
         if step == 0:
             gradients = {key: parameter.grad for key, parameter in model.student.named_parameters()}
             expected = from_fair_names(submodule_state(arrays, "clipped_grad0"))
             assert gradients.keys() == expected.keys()
             for key, gradient in gradients.items():
                 torch.testing.assert_close(gradient, expected[key], atol=1e-5, rtol=1e-4, msg=lambda m, k=key: f"{k}: {m}")
-        optimizer.step()
-        model.update_teacher(values.momentum)
     for role, network in (("studentN", model.student), ("teacherN", model.teacher)):
         for child, module in network.named_children():
             assert largest_difference(module, submodule_state(arrays, f"{role}.{child}")) < 1e-4, (role, child)

@@ -1,6 +1,7 @@
 """A run that was stopped anywhere ends as the uninterrupted one, bit for bit; a loss that is not finite changes nothing."""
 
 import copy
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from tiny_training import Log, Stop, StopAfter, final_files, job, settings, shard, state_bytes, train, trainer
 
 from heliostat.errors import CheckpointError, NonFiniteLossError
+from heliostat.metrics import METRICS
 from heliostat.storage import LocalStore
 from heliostat.training.checkpoint import complete_steps
 from heliostat.training.loop import LoopState, fit, one_step, seed_step
@@ -158,6 +160,40 @@ def test_losses_that_stay_not_finite_abort_the_run_after_the_limit(tmp_path: Pat
         fit(made)
     assert len(log.said) == 2
     assert [entry.key for entry in LocalStore(tmp_path).list() if entry.key.endswith("backbone.safetensors")] == []
+
+
+def test_the_policy_abort_ends_the_run_at_the_first_value_that_is_not_finite(tmp_path: Path, tar: bytes) -> None:
+    made = trainer(job(tmp_path, settings("train.nonfinite_policy=abort"), tar))
+    state = LoopState()
+    one_step(made, state, made.loader.batch(0))
+    before = state_bytes(made.method)
+    poison(made.method, batches=1)
+    with pytest.raises(NonFiniteLossError, match=r"step 1: not finite: dino_.*nonfinite_policy is abort"):
+        one_step(made, state, made.loader.batch(1))
+    assert state_bytes(made.method) == before
+
+
+def test_every_loss_is_recorded_beside_its_value_at_uniform_output(tmp_path: Path, tar: bytes) -> None:
+    log = Log()
+    made = trainer(job(tmp_path, settings("train.log_every_steps=1"), tar), log)
+    with torch.no_grad():  # gains of 0 make all logits 0
+        for head in (made.method.student.dino_head, made.method.student.ibot_head):
+            head.last_layer.parametrizations.weight.original0.zero_()
+    one_step(made, LoopState(), made.loader.batch(0))
+    ((_, numbers),) = log.metrics
+    for name in ("dino_global", "dino_local", "ibot"):
+        assert numbers[f"train/{name}"] == pytest.approx(numbers[f"train/{name}_at_uniform"], rel=1e-5), name
+    entropy = numbers["train/teacher_entropy"]
+    assert numbers["train/kl_to_teacher"] == pytest.approx(math.log(24) - entropy, rel=1e-4)
+    assert numbers["train/teacher_entropy_at_uniform"] == pytest.approx(math.log(24))
+    parts = [numbers[f"train/grad_norm_{name}"] for name in ("backbone", "dino_head", "ibot_head")]
+    assert numbers["train/grad_norm"] == max(parts) > 0
+
+
+def test_every_recorded_metric_is_in_the_table(tmp_path: Path, tar: bytes) -> None:
+    log = Log()
+    train(job(tmp_path, settings(), tar), log)
+    assert {name for _, metrics in log.metrics for name in metrics} <= METRICS.keys()
 
 
 def test_skipped_steps_are_counted_across_a_resume(tmp_path: Path, tar: bytes) -> None:

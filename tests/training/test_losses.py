@@ -192,6 +192,12 @@ def test_koleo_of_a_single_image_is_zero_with_a_zero_gradient():
     assert not embeddings.grad.any()
 
 
+def test_koleo_over_all_ranks_is_that_of_the_only_rank_when_there_is_one():
+    embeddings = torch.randn(5, 8)
+    assert koleo_loss(embeddings, distributed=True) == koleo_loss(embeddings)
+    assert koleo_loss(embeddings[:1], distributed=True) == 0
+
+
 def test_koleo_is_minus_the_mean_log_distance_to_the_nearest_neighbour():
     angles = torch.tensor([0.0, 0.1, 1.0])
     points = 3 * torch.stack([angles.cos(), angles.sin()], 1)
@@ -201,7 +207,7 @@ def test_koleo_is_minus_the_mean_log_distance_to_the_nearest_neighbour():
 
 RANK = """
 import sys, torch, torch.distributed as dist
-from heliostat.training.losses import TargetAssignment, sinkhorn_knopp
+from heliostat.training.losses import TargetAssignment, koleo_loss, sinkhorn_knopp
 
 rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
@@ -211,7 +217,10 @@ targets = TargetAssignment(logits.shape[1], "centering")
 targets(own, 0.05)
 targets.commit()
 without_masks = logits if rank == 0 else logits[:0]
-result = [sinkhorn_knopp(own, 0.05), sinkhorn_knopp(without_masks, 0.05), targets.center]
+images = logits[[0, 13]][rank : rank + 1].requires_grad_()
+koleo = koleo_loss(images, distributed=True)
+koleo.backward()
+result = [sinkhorn_knopp(own, 0.05), sinkhorn_knopp(without_masks, 0.05), targets.center, koleo.detach(), images.grad]
 torch.save(result, f"{folder}/{rank}.pt")
 dist.destroy_process_group()
 """
@@ -228,5 +237,10 @@ def test_two_ranks_compute_the_targets_of_the_joined_batch(tmp_path):
     torch.testing.assert_close(torch.cat([first[0], second[0]]), joined)
     torch.testing.assert_close(first[1], joined)
     assert second[1].shape == (0, 12)
+    pair = logits[[0, 13]].requires_grad_()  # one image a rank: each has a neighbour on the other one only
+    koleo = koleo_loss(pair)
+    koleo.backward()
+    torch.testing.assert_close((first[3] + second[3]) / 2, koleo.detach())
+    torch.testing.assert_close(torch.cat([first[4], second[4]]) / 2, pair.grad)
     for center in (first[2], second[2]):
         torch.testing.assert_close(center, 0.1 * logits.mean(0, keepdim=True))

@@ -41,7 +41,8 @@ def test_the_teacher_starts_as_the_student_and_has_no_gradient():
         assert not theirs.requires_grad
     assert model.student.backbone.blocks[0].drop_path_rate == 0.3
     assert model.teacher.backbone.blocks[0].drop_path_rate == 0
-    assert model.final_backbone is model.teacher.backbone
+    assert model.results == {"": model.teacher}
+    assert model.networks == {"": model.student}
 
 
 def test_state_keys_name_the_role_first():

@@ -16,14 +16,12 @@ import torch
 from torch.nn.functional import interpolate
 
 from heliostat.data.batch import Batch
-from heliostat.data.config import BLUR_PROBABILITIES, CropsConfig
+from heliostat.data.config import BLUR_PROBABILITIES, NUM_GLOBAL_CROPS, CropsConfig
 from heliostat.errors import DataError
 
 # Shapes: G global crops (2), L local crops, C channels (3), H W global side, h w local side.
 
 Pixels = npt.NDArray[np.uint8]
-
-NUM_GLOBAL_CROPS = 2
 
 _MIN_ASPECT_RATIO, _MAX_ASPECT_RATIO = 3.0 / 4.0, 4.0 / 3.0  # torchvision's RandomResizedCrop
 _CROP_TRIES = 10  # torchvision's RandomResizedCrop

@@ -10,6 +10,8 @@ from pydantic import Field, model_validator
 from heliostat.config import StrictModel
 
 ImageFormat = Literal["jpeg", "png", "webp", "gif", "bmp", "tiff"]
+NUM_GLOBAL_CROPS = 2  # DINOv2's objective compares two global crops of each image
+
 IMAGE_FORMATS: tuple[ImageFormat, ...] = ("jpeg", "png", "webp", "gif", "bmp", "tiff")
 
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]

@@ -18,9 +18,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from heliostat.data.augment import NUM_GLOBAL_CROPS, Pixels, multi_crop
+from heliostat.data.augment import Pixels, multi_crop
 from heliostat.data.batch import Batch
-from heliostat.data.config import CropsConfig, DecodeConfig, LoaderConfig
+from heliostat.data.config import NUM_GLOBAL_CROPS, CropsConfig, DecodeConfig, LoaderConfig
 from heliostat.data.decode import ImageRejected, decode
 from heliostat.data.masking import MaskSettings, batch_masks
 from heliostat.errors import ConfigError, DataError
@@ -227,8 +227,8 @@ class ImageLoader:
         )
 
     def _draw_masks(self, arrays: _BatchArrays, step: int) -> None:
-        ratios, probability = self._masks.mask_ratio_min_max, self._masks.mask_sample_probability
-        arrays.masks[:] = batch_masks(len(arrays.masks), self._grid_hw, ratios, probability, (self._seed, step, self._rank))
+        own = range(self._rank * self._batch_size, (self._rank + 1) * self._batch_size)
+        arrays.masks[:] = batch_masks(self._masks, self._grid_hw, self._global_batch_size, seed=self._seed, step=step, own=own)
 
     def _fill(self, arrays: _BatchArrays, step: int, slot: int) -> None:
         """Read, decode and augment one image into its slots."""

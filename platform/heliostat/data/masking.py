@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from heliostat.data.config import NUM_GLOBAL_CROPS
 from heliostat.errors import ConfigError
 
 # Shapes: N = grid_h * grid_w patches of one global crop.
@@ -84,25 +85,30 @@ def _add_block(mask: npt.NDArray[np.bool_], max_patches: int, rng: np.random.Gen
 
 
 def batch_masks(
-    num_crops: int,
-    grid_hw: tuple[int, int],
-    ratio_min_max: tuple[float, float],
-    probability: float,
-    seed_key: tuple[int, int, int],
+    settings: MaskSettings, grid_hw: tuple[int, int], num_images: int, *, seed: int, step: int, own: range | None = None
 ) -> npt.NDArray[np.bool_]:
-    """Draw the masks of one step's global crops of one rank: (num_crops, N) bool, a pure function of its arguments.
+    """Masks of the global crops of a step, (G * images, N) bool, crop-major: a pure function of its arguments.
 
-    `int(num_crops * probability)` crops are masked. Their ratios are stratified: the range is cut into as many equal strata and
-    each crop draws from its own, so that the masked total hardly varies between steps. The crops are then shuffled.
-    seed_key is (seed, step, rank), each >= 0.
+    num_images is the global batch; `own` are the positions in it whose masks are wanted (all when None), so that the masks do
+    not depend on the number of ranks. `int(G * num_images * probability)` crops are masked. Their ratios are stratified: the
+    range is cut into as many equal strata and each crop draws from its own, so that the masked total hardly varies between
+    steps. Which crop gets which stratum is one draw per step; every mask then is a draw of its own crop's.
     """
-    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((_MASK_STREAM, *seed_key))))
-    num_patches = grid_hw[0] * grid_hw[1]
-    num_with_mask = int(num_crops * probability)
-    edges = np.linspace(*ratio_min_max, num_with_mask + 1)
-    ratios = edges[:-1] + rng.random(num_with_mask) * np.diff(edges)
-    masks = np.zeros((num_crops, num_patches), dtype=np.bool_)
-    places = rng.permutation(num_crops)[:num_with_mask]
-    for place, ratio in zip(places.tolist(), ratios.tolist(), strict=True):
-        masks[place] = block_mask(grid_hw, int(num_patches * ratio), rng).reshape(-1)
+    own = range(num_images) if own is None else own
+    num_crops, num_patches = NUM_GLOBAL_CROPS * num_images, grid_hw[0] * grid_hw[1]
+    num_with_mask = int(num_crops * settings.mask_sample_probability)
+    rng = _generator(seed, step)
+    edges = np.linspace(*settings.mask_ratio_min_max, num_with_mask + 1)
+    ratios = np.zeros(num_crops)
+    ratios[rng.permutation(num_crops)[:num_with_mask]] = edges[:-1] + rng.random(num_with_mask) * np.diff(edges)
+    masks = np.zeros((NUM_GLOBAL_CROPS * len(own), num_patches), dtype=np.bool_)
+    crops = [number * num_images + image for number in range(NUM_GLOBAL_CROPS) for image in own]
+    for row, crop in enumerate(crops):
+        num_masked = int(num_patches * ratios[crop])
+        if num_masked:
+            masks[row] = block_mask(grid_hw, num_masked, _generator(seed, step, crop)).reshape(-1)
     return masks
+
+
+def _generator(*key: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence((_MASK_STREAM, *key))))

@@ -1,6 +1,6 @@
 """One table: baselines, random weights and models, judged alike on held-out labelled images."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -67,6 +67,8 @@ class Row:
     linear_std: float = 0.0
     num_seeds: int = 1
 
+
+FROM_SCRATCH = " from scratch"  # ends the name of a row whose student had no teacher
 
 Features = Callable[[Pixels], NDArray[np.float32]]
 
@@ -180,6 +182,28 @@ def margins(rows: Sequence[Row]) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def scratch_margins(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """k-NN and probe points of every distilled student above the same student trained without the teacher."""
+    found = []
+    for scratch in rows:
+        if not scratch.name.endswith(FROM_SCRATCH):
+            continue
+        name = scratch.name.removesuffix(FROM_SCRATCH)
+        student = next(row for row in rows if row.name == name and row.version == scratch.version)
+        knn, linear = 100 * (student.knn - scratch.knn), 100 * (student.linear - scratch.linear)
+        found.append({"name": name, "version": scratch.version, "knn_points": knn, "linear_points": linear})
+    return found
+
+
+def scratch_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The same as sentences, whichever way it went."""
+    return [
+        f"{one['name']}: distillation {'beats' if one['knn_points'] > 0 else 'does not beat'} the same steps from scratch, "
+        f"k-NN {one['knn_points']:+.1f} points, probe {one['linear_points']:+.1f} points ({one['version']})"
+        for one in found
+    ]
 
 
 def rows_as_dicts(rows: Sequence[Row]) -> list[dict[str, Any]]:

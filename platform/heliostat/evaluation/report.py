@@ -37,19 +37,26 @@ def _svg(figure: Any) -> str:
 
 
 def loss_curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    """Losses over steps, one panel per run, as SVG."""
+    """Losses over steps, one panel per run, as SVG; dashed: the same loss at uniform output."""
     import matplotlib
     from matplotlib.figure import Figure
 
+    columns = min(3, len(histories))
+    lines = -(-len(histories) // columns)
     with matplotlib.rc_context({"svg.hashsalt": "heliostat", "font.size": 9, "svg.fonttype": "none"}):
-        figure = Figure(figsize=(4.6 * len(histories), 2.8))
+        figure = Figure(figsize=(4.6 * columns, 2.8 * lines))
         for position, (role, rows) in enumerate(histories.items()):
-            axes = figure.add_subplot(1, len(histories), position + 1)
+            axes = figure.add_subplot(lines, columns, position + 1)
             for name in _LOSSES:
-                values = [(row["step"], row[name]) for row in rows if name in row]
-                if values:
-                    axes.plot(*zip(*values, strict=True), label=name.removeprefix("train/"), linewidth=1.4)
-            axes.set_title("pre-training" if role == "model" else "distillation")
+                for suffix, style in (("", "-"), ("_at_uniform", "--")):
+                    values = [(row["step"], row[name + suffix]) for row in rows if name + suffix in row]
+                    if values and not suffix:
+                        color = axes.plot(*zip(*values, strict=True), label=name.removeprefix("train/"), linewidth=1.4)[
+                            0
+                        ].get_color()
+                    elif values:
+                        axes.plot(*zip(*values, strict=True), style, color=color, linewidth=0.9, alpha=0.7)
+            axes.set_title(role)
             axes.set_xlabel("step")
             axes.set_ylabel("nats")
             axes.grid(alpha=0.3)
@@ -57,6 +64,31 @@ def loss_curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
                 axes.legend(fontsize=7)
         figure.tight_layout()
         return _svg(figure)
+
+
+# Columns of the table "is this normal?": the number, what stands beside it, how both are shown.
+_HEALTH = (
+    ("dino_global", "train/dino_global", "train/dino_global_at_uniform", "{:.3f} of {:.3f}"),
+    ("dino_local", "train/dino_local", "train/dino_local_at_uniform", "{:.3f} of {:.3f}"),
+    ("ibot", "train/ibot", "train/ibot_at_uniform", "{:.3f} of {:.3f}"),
+    ("teacher entropy", "train/teacher_entropy", "train/teacher_entropy_at_uniform", "{:.2f} of {:.2f}"),
+    ("KL to teacher", "train/kl_to_teacher", "", "{:.3f}"),
+    ("feature_std", "train/feature_std", "", "{:.2f}"),
+    ("RankMe", "train/rankme", "", "{:.1f}"),
+    ("prototypes used", "train/prototype_usage", "", "{:.2f}"),
+    ("gradient norm", "train/grad_norm", "", "{:.2f}"),
+    ("signs of collapse", "train/collapse_signs", "", "{:.0f}"),
+)
+
+
+def health_table(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> list[list[str]]:
+    """The last record of every run as text: a head of columns, then a row per run; "" where a run lacks a number."""
+    table = [["run", *(title for title, *_ in _HEALTH)]]
+    for role, rows in histories.items():
+        last = rows[-1] if rows else {}
+        cells = [form.format(last[name], last.get(beside, 0.0)) if name in last else "" for _, name, beside, form in _HEALTH]
+        table.append([role, *cells])
+    return table
 
 
 def accuracy_bars(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -93,6 +125,7 @@ def render_report(inputs: ReportInputs) -> str:
     return template.render(
         report=inputs,
         curves=Markup(loss_curves(inputs.histories)),  # noqa: S704  (our own SVG)
+        health=health_table(inputs.histories),
         bars=Markup(accuracy_bars(inputs.results["rows"])),  # noqa: S704
         pictures={name: base64.b64encode(data).decode() for name, data in inputs.pictures.items()},
     )

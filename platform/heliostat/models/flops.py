@@ -57,18 +57,51 @@ def training_flops_per_image(
     it (report the first: the second inflates utilisation). masked_ratio is the share of all global patch tokens in the iBOT
     loss: mask probability times mean mask ratio in pre-training, 1 in distillation. teacher defaults to the student's size.
     """
-    teacher = teacher or student
+    learning = student_flops_per_image(
+        student,
+        dino_head,
+        ibot_head,
+        global_size_pixels=global_size_pixels,
+        local_size_pixels=local_size_pixels,
+        num_local_crops=num_local_crops,
+        masked_ratio=masked_ratio,
+        drop_path_rate=drop_path_rate,
+    )
+    return learning + teacher_flops_per_image(
+        teacher or student, dino_head, ibot_head, global_size_pixels=global_size_pixels, masked_ratio=masked_ratio
+    )
+
+
+def teacher_flops_per_image(
+    teacher: BackboneConfig, dino_head: HeadConfig, ibot_head: HeadConfig, *, global_size_pixels: int, masked_ratio: float
+) -> float:
+    """The teacher's share of `training_flops_per_image`: one forward over both global crops, however many students learn."""
+    heads = 2 * head_forward_flops(teacher.embed_dim, dino_head)
+    heads += _masked_rows(teacher, global_size_pixels, masked_ratio) * head_forward_flops(teacher.embed_dim, ibot_head)
+    return 2 * backbone_forward_flops(teacher, global_size_pixels) + heads
+
+
+def student_flops_per_image(
+    student: BackboneConfig,
+    dino_head: HeadConfig,
+    ibot_head: HeadConfig,
+    *,
+    global_size_pixels: int,
+    local_size_pixels: int,
+    num_local_crops: int,
+    masked_ratio: float,
+    drop_path_rate: float = 0.0,
+) -> float:
+    """The student's share of `training_flops_per_image`: forward and backward over all crops."""
     patch_flops = 2 * _patch_flops(student, global_size_pixels) + num_local_crops * _patch_flops(student, local_size_pixels)
     block_flops = 2 * _block_flops(student, global_size_pixels) + num_local_crops * _block_flops(student, local_size_pixels)
-    backbones = 2 * backbone_forward_flops(teacher, global_size_pixels) + 3 * (patch_flops + (1 - drop_path_rate) * block_flops)
-    masked_rows = 2 * masked_ratio * (global_size_pixels // student.patch_size) ** 2
-    heads = 3 * (
-        (2 + num_local_crops) * head_forward_flops(student.embed_dim, dino_head)
-        + masked_rows * head_forward_flops(student.embed_dim, ibot_head)
-    )
-    heads += 2 * head_forward_flops(teacher.embed_dim, dino_head)
-    heads += masked_rows * head_forward_flops(teacher.embed_dim, ibot_head)
-    return backbones + heads
+    heads = (2 + num_local_crops) * head_forward_flops(student.embed_dim, dino_head)
+    heads += _masked_rows(student, global_size_pixels, masked_ratio) * head_forward_flops(student.embed_dim, ibot_head)
+    return 3 * (patch_flops + (1 - drop_path_rate) * block_flops + heads)
+
+
+def _masked_rows(config: BackboneConfig, global_size_pixels: int, masked_ratio: float) -> float:
+    return 2 * masked_ratio * (global_size_pixels // config.patch_size) ** 2
 
 
 def _head_widths(in_dim: int, config: HeadConfig) -> list[int]:

@@ -17,8 +17,9 @@ from heliostat.artifacts import Artifact
 from heliostat.config import StrictModel, validate
 from heliostat.errors import CheckpointError
 from heliostat.models.config import BackboneConfig, HeadConfig
+from heliostat.models.names import from_fair_names, to_fair_names
 from heliostat.models.vit import VisionTransformer
-from heliostat.models.weights import from_fair_names, load_state, to_fair_names
+from heliostat.models.weights import load_state
 from heliostat.storage import Store
 
 MODEL_JSON = "model.json"
@@ -95,10 +96,14 @@ def read_backbone(model: Artifact) -> tuple[VisionTransformer, ModelInfo]:
     return read_backbone_files(model.files, str(model.ref))
 
 
-def read_teacher_state(model: Artifact) -> dict[str, Tensor]:
-    """A model artifact as the teacher of a distillation: `teacher.backbone.*`, `teacher.dino_head.*` ..., `*_targets.*`."""
-    backbone = from_fair_names(tensors_from_bytes(model.files.read(BACKBONE), f"{model.ref}/{BACKBONE}"))
-    heads = from_fair_names(tensors_from_bytes(model.files.read(HEADS), f"{model.ref}/{HEADS}"))
+def read_states(model: Artifact) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The backbone's state without prefix, and the heads' (`dino_head.*`, `ibot_head.*`, `*_targets.*`), under our names."""
+    states = [from_fair_names(tensors_from_bytes(model.files.read(key), f"{model.ref}/{key}")) for key in (BACKBONE, HEADS)]
+    return states[0], states[1]
+
+
+def teacher_state(backbone: Mapping[str, Tensor], heads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as the teacher of a distillation: `teacher.backbone.*`, `teacher.dino_head.*` ..., `*_targets.*`."""
     state = {f"teacher.backbone.{key}": value for key, value in backbone.items()}
     for key, value in heads.items():
         state[key if key.partition(".")[0].endswith("_targets") else f"teacher.{key}"] = value

@@ -1,55 +1,17 @@
-"""Weights on disk: safetensors of our own, the released .pth files, and loading that refuses whatever does not fit exactly."""
+"""Weights on disk as safetensors, and loading that refuses whatever does not fit exactly."""
 
 import os
-import pickle
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from heliostat.errors import CheckpointError
 from heliostat.models.config import BackboneConfig
+from heliostat.models.names import State
 from heliostat.models.vit import resize_pos_embed
-
-State = dict[str, Tensor]
-
-# Key patterns of facebookresearch/dinov2 and what they are called here. Training checkpoints number blocks twice,
-# `blocks.<chunk>.<block>`, with the block index global; the old weight norm kept gain and direction as weight_g and weight_v.
-_FAIR_TO_OURS = (
-    (re.compile(r"(^|\.)blocks\.\d+\.(\d+)\."), r"\1blocks.\2."),
-    (re.compile(r"(^|\.)last_layer\.weight_g$"), r"\1last_layer.parametrizations.weight.original0"),
-    (re.compile(r"(^|\.)last_layer\.weight_v$"), r"\1last_layer.parametrizations.weight.original1"),
-)
-_OURS_TO_FAIR = (
-    (re.compile(r"(^|\.)last_layer\.parametrizations\.weight\.original0$"), r"\1last_layer.weight_g"),
-    (re.compile(r"(^|\.)last_layer\.parametrizations\.weight\.original1$"), r"\1last_layer.weight_v"),
-)
-
-
-def from_fair_names(state: Mapping[str, Tensor]) -> State:
-    """Rename the keys of DINOv2 to ours; keys that are ours already stay."""
-    return _rename(state, _FAIR_TO_OURS)
-
-
-def to_fair_names(state: Mapping[str, Tensor]) -> State:
-    """Rename our keys to those of DINOv2's released files (blocks numbered once)."""
-    return _rename(state, _OURS_TO_FAIR)
-
-
-def _rename(state: Mapping[str, Tensor], rules: tuple[tuple[re.Pattern[str], str], ...]) -> State:
-    renamed: State = {}
-    for key, tensor in state.items():
-        name = key
-        for pattern, replacement in rules:
-            name = pattern.sub(replacement, name)
-        if name in renamed:
-            raise CheckpointError(f"two keys of the state become {name}, one of them {key}; the state mixes two layouts")
-        renamed[name] = tensor
-    return renamed
 
 
 def write_weights(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -73,31 +35,21 @@ def read_weights(path: Path) -> tuple[State, dict[str, str]]:
             return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except SafetensorError as error:
         size = path.stat().st_size
-        raise CheckpointError(f"{path} ({size} bytes) is truncated or not a safetensors file: {error}") from error
+        raise CheckpointError(
+            f"{path} ({size} bytes) is truncated or not a safetensors file: {error}; fetch or write it again"
+        ) from error
     except OSError as error:
         raise CheckpointError(f"cannot read weights {path}: {error}") from error
 
 
-def read_fair_weights(path: Path) -> State:
-    """State dict of a released DINOv2 .pth file, or of the `teacher` inside a training checkpoint, under our names.
-
-    Nothing in the file is executed: the unpickler accepts tensors and plain containers only.
-    """
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"cannot read weights {path}: no such file") from error
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} is truncated or not a file of plain tensors: {reason}") from error
-    state = loaded.get("teacher", loaded) if isinstance(loaded, dict) else loaded
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path} does not hold a state dict; expected a mapping of names to tensors")
-    return from_fair_names(state)
-
-
 def load_state(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
     """Copy a state dict into a module; raises CheckpointError unless names and shapes agree exactly. `what` names the state."""
+    check_state(module, state, what)
+    module.load_state_dict(dict(state))
+
+
+def check_state(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """Raise CheckpointError unless a state dict has the names and shapes of a module (which may be on the meta device)."""
     wanted = module.state_dict()
     missing = sorted(wanted.keys() - state.keys())
     unexpected = sorted(state.keys() - wanted.keys())
@@ -113,7 +65,6 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], what: str) -> Non
     ]
     if problems:
         raise CheckpointError(f"{what} does not fit {type(module).__name__}: {'; '.join(problems)}")
-    module.load_state_dict(dict(state))
 
 
 def submodule_state(state: Mapping[str, Tensor], prefix: str) -> State:

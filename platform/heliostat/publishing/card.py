@@ -7,21 +7,11 @@ from typing import Any
 
 from heliostat.artifacts import ArtifactRecord
 from heliostat.models.stored import ModelInfo
-from heliostat.publishing.config import PublishConfig
+from heliostat.publishing.config import FormatName, PublishConfig
+from heliostat.publishing.export import FORMATS
+from heliostat.publishing.formats import NUM_IMAGES
 
-_LOADING = """```python
-import json
-from safetensors.torch import load_file
-from heliostat.models.config import BackboneConfig
-from heliostat.models.vit import VisionTransformer
-from heliostat.models.weights import from_fair_names
-
-config = json.load(open("config.json"))
-backbone = VisionTransformer(BackboneConfig(**config["architecture"]))
-backbone.load_state_dict(from_fair_names(load_file("model.safetensors")))
-features = backbone.eval()(images)  # (B, 3, H, W), normalised as config.json says
-features.cls_BD, features.patches_BND
-```"""
+_LIBRARY: dict[FormatName, str] = {"fair": "heliostat", "huggingface": "transformers", "timm": "timm", "onnx": "onnx"}
 
 
 def render_card(
@@ -31,13 +21,12 @@ def render_card(
     config: PublishConfig,
     lineage: Sequence[str],
     rows: Sequence[Mapping[str, Any]],
-    difference: float,
+    differences: Mapping[FormatName, float],
 ) -> str:
-    """The card as Markdown with the front matter of the Hugging Face hub."""
+    """The card as Markdown with the front matter of the Hugging Face hub. `differences`: largest one for each format."""
     backbone = info.backbone
     parts = [
-        f"---\nlicense: {_yaml_text(config.license)}\nlibrary_name: heliostat\n"
-        "tags:\n- image-feature-extraction\n- self-supervised\n---",
+        _front_matter(config, list(differences)),
         f"# {record.name}, version {record.version}",
         config.intended_use,
         "## Model",
@@ -56,10 +45,30 @@ def render_card(
         "## Lineage",
         "```\n" + "\n".join(lineage) + "\n```",
         "## Loading",
-        _LOADING,
-        f"The published file was read back and compared on random images: largest difference {difference:g}.",
+        "`images` is float32 (B, 3, H, W) with pixels as said above. Paths are relative to the folder of the release.",
+        *(_loading(name, info) for name in differences),
+        "## Parity",
+        f"Every format was read back by its own library and compared with the model on {NUM_IMAGES} random images of "
+        f"{backbone.img_size} pixels; the largest difference of any token is allowed to be {config.parity_tolerance:g}.",
+        "\n".join(
+            ["| format | largest difference |", "|---|---|", *(f"| {name} | {differences[name]:g} |" for name in differences)]
+        ),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(config: PublishConfig, formats: Sequence[FormatName]) -> str:
+    libraries = [_LIBRARY[name] for name in formats]
+    tags = ["image-feature-extraction", "self-supervised", *libraries[1:]]
+    return (
+        f"---\nlicense: {_yaml_text(config.license)}\nlibrary_name: {libraries[0]}\n"
+        f"pipeline_tag: image-feature-extraction\ntags:\n" + "\n".join(f"- {tag}" for tag in tags) + "\n---"
+    )
+
+
+def _loading(name: FormatName, info: ModelInfo) -> str:
+    code = f"```python\n{FORMATS[name].loading(info)}\n```"
+    return "\n\n".join([f"### With {_LIBRARY[name]}", code, *FORMATS[name].notes(info)])
 
 
 def _yaml_text(text: str) -> str:

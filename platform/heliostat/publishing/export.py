@@ -1,56 +1,79 @@
-"""A model artifact -> files that others can load, each read back and compared before it counts as published."""
+"""A model artifact -> files that others can load, each format read back by its own library and compared before it counts."""
 
+import importlib.metadata
+import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 
 from heliostat.artifacts import Artifact
-from heliostat.errors import PublishError
-from heliostat.models.stored import BACKBONE, ModelInfo, read_backbone, tensors_from_bytes, tensors_to_bytes
-from heliostat.models.vit import VisionTransformer
-from heliostat.models.weights import from_fair_names, load_state, to_fair_names
+from heliostat.errors import ConfigError, PublishError, UsageError
+from heliostat.models.config import BackboneConfig
+from heliostat.models.stored import BACKBONE, read_backbone
+from heliostat.publishing import fair_format, huggingface_format, onnx_format, timm_format
+from heliostat.publishing.config import FormatName, PublishConfig
+from heliostat.publishing.formats import SEED, Format, Tokens, largest_difference, random_images
 
-WEIGHTS = "model.safetensors"
-CONFIG = "config.json"
-
-
-def export_safetensors(model: Artifact, tolerance: float) -> tuple[dict[str, bytes], float]:
-    """The backbone as `model.safetensors` (DINOv2's key names) and `config.json`, and the largest difference found.
-
-    Raises PublishError when the file read back gives features that differ by more than `tolerance`.
-    """
-    backbone, info = read_backbone(model)
-    weights = tensors_to_bytes(to_fair_names(backbone.state_dict()), {"format": "pt", "source": str(model.ref)})
-    config = config_json(info)
-    difference = parity(backbone, info, weights, config)
-    if not difference <= tolerance:
-        raise PublishError(
-            f"{WEIGHTS} of {model.ref} gives features that differ by {difference:g}, the limit is {tolerance:g}; "
-            f"is {BACKBONE} of the model damaged? (heliostat artifacts)"
-        )
-    return {WEIGHTS: weights, CONFIG: config}, difference
+PARITY = "parity.json"
+FORMATS: Mapping[FormatName, Format] = {
+    "fair": fair_format,
+    "huggingface": huggingface_format,
+    "timm": timm_format,
+    "onnx": onnx_format,
+}
 
 
-def config_json(info: ModelInfo) -> bytes:
-    """What a loader must know: architecture and preprocessing."""
-    backbone = info.backbone.model_dump(mode="json")
-    pixels = {"mean": info.mean, "std": info.std, "image_size": info.backbone.img_size, "grayscale": info.grayscale}
-    return (json.dumps({"architecture": backbone, "preprocessing": pixels}, indent=1) + "\n").encode()
+def check_libraries(formats: Sequence[FormatName]) -> None:
+    """Raise UsageError when a library that a format needs is not installed. Imports nothing."""
+    for name in formats:
+        missing = [library for library in FORMATS[name].LIBRARIES if importlib.util.find_spec(library) is None]
+        if missing:
+            raise UsageError(f"publish.formats has {name}, which needs {', '.join(missing)}: pip install 'heliostat[export]'")
+
+
+def check_architecture(formats: Sequence[FormatName], config: BackboneConfig) -> None:
+    """Raise ConfigError when a format cannot say what the backbone is."""
+    for name in formats:
+        if reason := FORMATS[name].refusal(config):
+            able = [other for other in FORMATS if not FORMATS[other].refusal(config)]
+            raise ConfigError(
+                f"publish.formats has {name}, which cannot hold this backbone: {reason}; these can: {', '.join(able)}"
+            )
 
 
 @torch.inference_mode()
-def parity(backbone: VisionTransformer, info: ModelInfo, weights: bytes, config: bytes) -> float:
-    """Largest absolute difference of cls and patch tokens on random images, between a backbone and what the files give."""
-    from heliostat.models.config import BackboneConfig
+def export_formats(model: Artifact, config: PublishConfig, folder: Path) -> dict[FormatName, float]:
+    """Write every format below `folder`, and `parity.json`; returns the largest difference found for each.
 
-    architecture: Mapping[str, object] = json.loads(config)["architecture"]
-    again = VisionTransformer(BackboneConfig.model_validate_json(json.dumps(architecture))).eval()
-    load_state(again, from_fair_names(tensors_from_bytes(weights, WEIGHTS)), WEIGHTS)
-    generator = torch.Generator().manual_seed(0)
-    size = info.backbone.img_size
-    images_BCHW = torch.randn(4, info.backbone.in_chans, size, size, generator=generator)
-    ours, theirs = backbone(images_BCHW), again(images_BCHW)
-    cls = (ours.cls_BD - theirs.cls_BD).abs().max()
-    patches = (ours.patches_BND - theirs.patches_BND).abs().max()
-    return float(torch.maximum(cls, patches))
+    Raises PublishError when a format, read back by its own library, gives features that differ by more than the tolerance.
+    """
+    backbone, info = read_backbone(model)
+    images_BCHW = random_images(info.backbone)
+    features = backbone(images_BCHW)
+    ours = Tokens(features.cls_BD, features.registers_BRD, features.patches_BND)
+    differences: dict[FormatName, float] = {}
+    for name in config.formats:
+        there = folder / FORMATS[name].FOLDER
+        there.mkdir(exist_ok=True)
+        FORMATS[name].write(backbone, info, there)
+        difference = largest_difference(ours, FORMATS[name].read_back(there, images_BCHW))
+        if not difference <= config.parity_tolerance:  # NaN passes no comparison
+            raise PublishError(
+                f"{name} of {model.ref} gives features that differ by {difference:g}, the limit publish.parity_tolerance is "
+                f"{config.parity_tolerance:g}; nothing is published (is {BACKBONE} sound, and the library one that was tested?)"
+            )
+        differences[name] = difference
+    (folder / PARITY).write_text(json.dumps(_parity(config, differences, images_BCHW.shape), indent=1) + "\n", encoding="utf-8")
+    return differences
+
+
+def _parity(config: PublishConfig, differences: Mapping[FormatName, float], shape: Sequence[int]) -> dict[str, object]:
+    libraries = sorted({"torch", *(library for name in differences for library in FORMATS[name].LIBRARIES)})
+    return {
+        "largest_difference": dict(differences),
+        "tolerance": config.parity_tolerance,
+        "images": {"shape": list(shape), "pixels": "normal", "seed": SEED},
+        "libraries": {library: importlib.metadata.version(library) for library in libraries},
+    }

@@ -1,71 +1,241 @@
-"""What a recipe will cost, from formulas: images, steps, parameters, operations, memory, bytes."""
+"""What a recipe will cost, from formulas: images, parameters, operations, time, memory. Imports neither torch nor Ray."""
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from heliostat.models.config import BackboneConfig, HeadConfig
-from heliostat.models.flops import num_backbone_parameters, num_head_parameters, training_flops_per_image
-from heliostat.models.stored import read_info
-from heliostat.runtime.pipelines import Context
-from heliostat.runtime.progress import Progress
-from heliostat.runtime.recipe import Recipe
-from heliostat.runtime.stage_sweep import grid_points, trial_config
-from heliostat.training.recipe import DistillConfig, TrainingConfig
+from heliostat.artifacts import ArtifactRef, ArtifactStore
+from heliostat.config import shipped_recipes, validate
+from heliostat.errors import ArtifactNotFoundError
+from heliostat.models.config import BackboneConfig
+from heliostat.models.flops import num_backbone_parameters
+from heliostat.runtime.recipe import Recipe, read_recipe
+from heliostat.runtime.sweep_grid import trial_configs
+from heliostat.storage import open_store
+from heliostat.training.costs import flops_per_image, num_images, num_parameters
+from heliostat.training.memory import GIB, Memory, training_memory
+from heliostat.training.recipe import DistillConfig, PretrainConfig, TrainingConfig, phase_config
 
-_H100_FLOPS = 400e12  # assumption: 40 % of an H100's 989 TFLOP/s in bfloat16, above the best published for a ViT
-_STUDENT_BYTES, _TEACHER_BYTES = 16, 4  # float32 weight, gradient and two AdamW moments; float32 EMA
+_PEAK_FLOPS = {"A100": 312e12, "H100": 989e12}  # dense bfloat16, from the makers' data sheets
+_UTILISATION = 0.35  # assumption: between the runs that _SOURCE names; not measured with our code, nor for H100
+_SOURCE = (
+    "The share of the peak is an assumption: by this count DINOv2's own runs reached 39 % (ViT-g, 22,016 A100-hours) and "
+    "31 % (ViT-L)."
+)
+_CPU_FLOPS_PER_CORE = 25e9  # measured: docs/performance.md
+_CARDS_GIB = {40: 39.0, 80: 79.0}  # what a card of 40 or 80 GB has for its programs, rounded down
+_UNITS = {"MFLOP": 1e6, "GFLOP": 1e9, "TFLOP": 1e12, "PFLOP": 1e15, "EFLOP": 1e18}
 
 
-def print_costs(recipe: Recipe, stages: Sequence[str]) -> None:
-    """Print one block per training stage. Raises ConfigError for trials that cannot run."""
-    print("\n# what this would cost, by formula")
+@dataclass(frozen=True)
+class TrainingRun:
+    """One training run of a recipe: what it is called, its section, and the teacher of a distillation where it is known."""
+
+    name: str
+    config: TrainingConfig
+    teacher: BackboneConfig | None = None
+    notes: tuple[str, ...] = ()
+    is_phase: bool = False
+
+    @property
+    def images_per_worker(self) -> int:
+        """Images of one step on one worker."""
+        return self.config.train.global_batch_size // max(1, self.config.scaling.num_workers)
+
+    @property
+    def flops(self) -> float:
+        """All operations of the run."""
+        return flops_per_image(self.config, self.teacher) * num_images(self.config)
+
+    @property
+    def memory(self) -> Memory:
+        """Memory of one worker."""
+        return training_memory(self.config, self.teacher, self.images_per_worker)
+
+
+def cost_lines(recipe: Recipe, stages: Sequence[str]) -> list[str]:
+    """Comment lines, one block per training run; none when no stage trains. Raises ConfigError for what could not run."""
+    lines, runs = [], []
     for stage in stages:
-        if stage in ("pretrain", "distill"):
-            config: TrainingConfig = getattr(recipe, stage)
-            print("\n".join(f"# {stage}: {line}" for line in training_costs(config, _teacher(recipe, config))))
-        elif stage == "sweep" and recipe.sweep is not None and recipe.pretrain is not None:
-            points = grid_points(recipe.sweep.grid)
-            for point in points:
-                trial_config(recipe.pretrain, {**recipe.sweep.overrides, **point})
-            print(f"# sweep: {len(points)} trials, {recipe.sweep.max_concurrent_trials} at a time")
+        own = training_runs(recipe, stage)
+        if stage == "sweep" and recipe.sweep is not None:
+            lines.append(f"# sweep: {len(own)} trials, {recipe.sweep.max_concurrent_trials} at a time")
+            lines.append(f"#   time        {_time_text(own, recipe.sweep.gpus_per_trial > 0)}")
+        else:
+            for run in own:
+                lines += [f"# {run.name}: {_headline(run)}", *(f"#   {line}" for line in run_lines(run))]
+        runs += own
+    on_gpus = any(run.config.scaling.use_gpu for run in runs)
+    if len(runs) > 1:
+        lines.append(f"# together: {_time_text(runs, on_gpus)}")
+    if on_gpus:
+        lines.append(f"# {_SOURCE}")
+    return ["\n# what this would cost, by formula", *lines] if lines else []
 
 
-def _teacher(recipe: Recipe, config: TrainingConfig) -> BackboneConfig | None:
-    """The teacher of a distillation, from the recipe or from the artifact that is named."""
-    if not isinstance(config, DistillConfig):
-        return None
-    if not config.teacher:
-        return recipe.pretrain.student if recipe.pretrain is not None else None
-    from heliostat.artifacts import ArtifactRef
+def training_runs(recipe: Recipe, stage: str) -> list[TrainingRun]:
+    """The runs of a stage: its own, one per phase, students without their teacher where those are asked for; trials.
 
-    return read_info(Context(recipe, Progress()).load(ArtifactRef.parse(config.teacher))).backbone
+    Raises ConfigError for a trial that cannot run and ArtifactNotFoundError for a teacher of unknown size.
+    """
+    if stage == "sweep" and recipe.sweep is not None and recipe.pretrain is not None:
+        return [TrainingRun("trial", config) for config in trial_configs(recipe.pretrain, recipe.sweep)]
+    if stage not in ("pretrain", "distill"):
+        return []
+    config: TrainingConfig = getattr(recipe, stage)
+    teacher, notes = _teacher(recipe, config) if isinstance(config, DistillConfig) else (None, _init_notes(recipe, config))
+    runs = [TrainingRun(stage, config, teacher, notes)]
+    for phase in config.phases:
+        runs.append(TrainingRun(f"{stage}, phase {phase.name}", phase_config(config, phase), teacher, is_phase=True))
+    if isinstance(config, DistillConfig) and config.compare_with_scratch:
+        shared = {name: getattr(config, name) for name in TrainingConfig.model_fields}
+        for name, student in config.backbones.items():
+            alone = TrainingConfig(**{**shared, "student": student, "phases": ()})
+            runs.append(TrainingRun(f"{stage}, {name or 'student'} from scratch", alone))
+    return runs
 
 
-def training_costs(config: TrainingConfig, teacher: BackboneConfig | None) -> list[str]:
-    """Lines about parameters, operations, memory and time of one training run."""
-    student, method, train = config.student, config.method, config.train
-    own_ibot_head: HeadConfig | None = method.ibot.head if method.ibot.separate_head and method.ibot.loss_weight else None
-    backbone = num_backbone_parameters(student)
-    heads = num_head_parameters(student.embed_dim, method.dino.head)
-    heads += num_head_parameters(student.embed_dim, own_ibot_head) if own_ibot_head else 0
-    low, high = method.ibot.mask_ratio_min_max
-    flops = training_flops_per_image(
-        student,
-        method.dino.head,
-        method.ibot_head,
-        global_size_pixels=config.crops.global_crops_size,
-        local_size_pixels=config.crops.local_crops_size,
-        num_local_crops=config.crops.local_crops_number,
-        masked_ratio=1.0 if teacher else method.ibot.mask_sample_probability * (low + high) / 2,
-        drop_path_rate=0.0 if teacher else method.drop_path_rate,
-        teacher=teacher,
+def _init_notes(recipe: Recipe, config: TrainingConfig) -> tuple[str, ...]:
+    weights = config.init.weights if isinstance(config, PretrainConfig) else ""
+    if not weights or _exists(recipe, weights):
+        return ()
+    missing = f"is not in {recipe.store} yet" if _is_artifact(weights) else "is no file here yet"
+    return (f"init.weights={weights} {missing}",)
+
+
+def _teacher(recipe: Recipe, config: DistillConfig) -> tuple[BackboneConfig, tuple[str, ...]]:
+    """The teacher of a distillation, from the recipe, the store, or the shipped recipe of that name, with notes."""
+    steps = config.teacher_head_steps
+    notes = (f"{steps:,} steps that train heads on the teacher come first and are not counted",) if steps else ()
+    if not config.teacher and recipe.pretrain is not None:
+        return recipe.pretrain.student, notes
+    if config.teacher and not _is_artifact(config.teacher):
+        largest = max(config.backbones.values(), key=num_backbone_parameters)
+        return largest, (*notes, f"teacher {config.teacher} is not read here; it is counted as large as the largest student")
+    ref = ArtifactRef.parse(config.teacher) if config.teacher else recipe.ref("model")
+    found = ArtifactStore(open_store(recipe.store)).find(ref)
+    if found is not None:
+        return validate(BackboneConfig, found.read_json("model.json")["backbone"], str(ref)), notes
+    shipped = read_recipe(ref.name).pretrain if ref.name in shipped_recipes() else None
+    if shipped is None:
+        raise ArtifactNotFoundError(
+            f"no artifact {ref} in {recipe.store}; make it first or give distill.teacher=model/NAME@VERSION"
+        )
+    note = f"teacher {ref} is not in {recipe.store} yet; its size is that of the shipped recipe {ref.name}"
+    return shipped.student, (*notes, note)
+
+
+def _is_artifact(name: str) -> bool:
+    """Whether a name of weights is meant as an artifact rather than as a file or a folder."""
+    return re.match(r"^[a-z]+/[^/@]+@[^/@]+$", name) is not None
+
+
+def _exists(recipe: Recipe, weights: str) -> bool:
+    if _is_artifact(weights):
+        return ArtifactStore(open_store(recipe.store)).find(ArtifactRef.parse(weights)) is not None
+    return Path(weights).expanduser().exists()
+
+
+def _headline(run: TrainingRun) -> str:
+    train, scaling = run.config.train, run.config.scaling
+    workers = max(1, scaling.num_workers)
+    kind = "GPU" if scaling.use_gpu else "CPU worker"
+    return (
+        f"{train.steps:,} steps of {train.global_batch_size:,} images on {workers} {kind}{'s' if workers > 1 else ''}, "
+        f"{run.images_per_worker} each"
     )
-    images = train.steps * train.global_batch_size
-    workers = max(1, config.scaling.num_workers)
-    state_gib = (backbone + heads) * (_STUDENT_BYTES + _TEACHER_BYTES) / 2**30
+
+
+def run_lines(run: TrainingRun) -> list[str]:
+    """Lines about parameters, operations, time and memory of one training run."""
+    config, per_image = run.config, flops_per_image(run.config, run.teacher)
+    lines = [f"parameters  {_parameters_text(name, one, run)}" for name, one in config.backbones.items()]
+    lines += [f"teacher     {num_parameters(run.teacher, config.method)[0]:,} in the backbone"] if run.teacher else []
     return [
-        f"{backbone / 1e6:.1f} M parameters in the backbone, {heads / 1e6:.1f} M in the heads",
-        f"{train.steps:,} steps of {train.global_batch_size:,} images: {images:,} images seen",
-        f"{flops / 1e12:.4f} TFLOP per image, {flops * images / 1e18:.4g} EFLOP in all",
-        f"about {flops * images / _H100_FLOPS / 3600:.3g} H100-hours at 400 TFLOP/s",
-        f"{state_gib:.2f} GiB per worker for weights, gradients, moments and EMA, {workers} workers, before activations",
+        *lines,
+        *(f"note        {note}" for note in run.notes),
+        f"compute     {_amount(per_image)} per image, {num_images(config):,} images seen: {_amount(run.flops)}",
+        f"time        {_time_text([run], config.scaling.use_gpu, max(1, config.scaling.num_workers))}",
+        *_memory_lines(run),
     ]
+
+
+def _parameters_text(name: str, backbone: BackboneConfig, run: TrainingRun) -> str:
+    body, heads = num_parameters(backbone, run.config.method)
+    return f"{name + ': ' if name else ''}{body:,} in the backbone, {heads:,} in the heads"
+
+
+def _amount(flops: float) -> str:
+    """Three digits and a unit."""
+    unit, size = next(((unit, size) for unit, size in reversed(_UNITS.items()) if size <= flops), ("MFLOP", 1e6))
+    value = flops / size
+    return f"{value:,.{max(0, 3 - len(str(int(value))))}f} {unit}"
+
+
+def gpu_hours(flops: float) -> dict[str, float]:
+    """Hours of one GPU by its kind, at the share of its peak that is assumed."""
+    return {card: flops / (peak * _UTILISATION) / 3600 for card, peak in _PEAK_FLOPS.items()}
+
+
+def _time_text(runs: Sequence[TrainingRun], on_gpus: bool, num_gpus: int = 0) -> str:
+    flops = sum(run.flops for run in runs)
+    if not on_gpus:
+        minutes = max(1, round(flops / _CPU_FLOPS_PER_CORE / 60))
+        unit = "minute" if minutes == 1 else "minutes"
+        return f"about {minutes:,} {unit} of one CPU core at {_CPU_FLOPS_PER_CORE / 1e9:.0f} GFLOP/s (docs/performance.md)"
+    parts = []
+    for card, hours in gpu_hours(flops).items():
+        parts.append(f"{hours:,.0f} {card}-hours" + (f" ({_duration(hours / num_gpus)} on {num_gpus})" if num_gpus else ""))
+    return f"about {' or '.join(parts)}, at {100 * _UTILISATION:.0f} % of their peak"
+
+
+def _duration(hours: float) -> str:
+    return f"{hours / 24:,.1f} days" if hours >= 24 else f"{hours:.1f} hours"
+
+
+def _memory_lines(run: TrainingRun) -> list[str]:
+    memory = run.memory
+    if not run.config.scaling.use_gpu:
+        return [f"memory      {memory.total / GIB:.2f} GiB per worker, besides what Python and torch take"]
+    fits = [name for name, gib in _CARDS_GIB.items() if memory.total <= gib * GIB]
+    verdict = f"fits {fits[0]} GB" if fits else f"does not fit {max(_CARDS_GIB)} GB"
+    lines = [f"memory      {memory.total / GIB:.1f} GiB per GPU: {verdict}"]
+    lines += [f"            {size / GIB:5.1f}  {name}" for name, size in _memory_terms(memory)]
+    smaller = [name for name in _CARDS_GIB if name not in fits]
+    return lines + [f"            for {name} GB: {_advice(run, _CARDS_GIB[name] * GIB)}" for name in smaller[-1:]]
+
+
+def _memory_terms(memory: Memory) -> list[tuple[str, float]]:
+    """What fills the memory, the largest first; what is below a hundredth is summed."""
+    frozen = memory.state.get("frozen teacher", 0.0)
+    names = [name for name in memory.state if name != "frozen teacher"]
+    terms = {", ".join(names): sum(memory.state.values()) - frozen, "frozen teacher": frozen, **memory.step}
+    terms["CUDA context, communication, fragmentation (assumption)"] = memory.reserve
+    shown = sorted(((name, size) for name, size in terms.items() if size >= memory.total / 100), key=lambda term: -term[1])
+    rest = memory.total - sum(size for _, size in shown)
+    return [*shown, ("other", rest)] if rest > 0 else shown
+
+
+def _advice(run: TrainingRun, limit_bytes: float) -> str:
+    """Which knob makes a run fit a card."""
+    batch, workers = run.config.train.global_batch_size, max(1, run.config.scaling.num_workers)
+    most = _most_images(run, limit_bytes)
+    if most == 0:
+        state = sum(training_memory(run.config, run.teacher, 1).state.values())
+        return f"one image is too many; {state / GIB:.1f} GiB stand whatever the batch, take a smaller student"
+    more = next(count for count in range(workers, batch + 1) if batch % count == 0 and batch // count <= most)
+    smaller = (
+        f"global_batch_size={most * workers} of the phase" if run.is_phase else f"train.global_batch_size={most * workers}"
+    )
+    return f"at most {most} image{'s' if most > 1 else ''} each: scaling.num_workers={more} or {smaller}"
+
+
+def _most_images(run: TrainingRun, limit_bytes: float) -> int:
+    """Most images per worker that fit, up to those of the run."""
+    low, high = 0, run.images_per_worker
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = training_memory(run.config, run.teacher, middle).total <= limit_bytes
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low

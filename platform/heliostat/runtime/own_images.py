@@ -17,8 +17,8 @@ from heliostat.config import apply_overrides, validate
 from heliostat.data.decode import ImageRejected, probe
 from heliostat.data.ingest import Source, open_source
 from heliostat.errors import DataError, UsageError
-from heliostat.models.flops import training_flops_per_image
 from heliostat.runtime.recipe import Recipe, scope_overrides
+from heliostat.training.costs import flops_per_image
 from heliostat.training.recipe import TrainingConfig
 
 _PROBED_FILES = 200
@@ -150,17 +150,7 @@ def _steps(pretrain: dict[str, Any], num_images: int, batch: int, *, num_gpus: i
     if num_gpus:
         return max(2_000, min(125_000, 100 * num_images // batch))
     draft = validate(TrainingConfig, {key: pretrain[key] for key in ("student", "method", "crops")}, "chosen recipe")
-    low, high = draft.method.ibot.mask_ratio_min_max
-    flops = training_flops_per_image(
-        draft.student,
-        draft.method.dino.head,
-        draft.method.ibot_head,
-        global_size_pixels=draft.crops.global_crops_size,
-        local_size_pixels=draft.crops.local_crops_size,
-        num_local_crops=draft.crops.local_crops_number,
-        masked_ratio=draft.method.ibot.mask_sample_probability * (low + high) / 2,
-    )
-    images = min(200 * num_images, int(num_cores * _CPU_FLOPS_PER_CORE * _FIRST_RUN_SECONDS / flops))
+    images = min(200 * num_images, int(num_cores * _CPU_FLOPS_PER_CORE * _FIRST_RUN_SECONDS / flops_per_image(draft)))
     return max(100, images // batch)
 
 

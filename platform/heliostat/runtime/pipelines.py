@@ -4,7 +4,7 @@ import contextlib
 import os
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -60,7 +60,7 @@ class Context:
         """An artifact that a stage reads. Raises ArtifactNotFoundError that names the stage which makes it."""
         found = self.artifacts.find(ref)
         if found is None:
-            verb = "distill" if ref.kind == "model" and ref.name.endswith("-student") else _MADE_BY[ref.kind]
+            verb = self.recipe.maker_of(ref) or _MADE_BY[ref.kind]
             raise ArtifactNotFoundError(
                 f"no artifact {ref} in {self.recipe.store}; `heliostat {verb}` makes it, run that first"
             )
@@ -106,6 +106,15 @@ def code_version() -> str:
     return f"{__version__}+{commit}" if found.returncode == 0 and inside and commit else __version__
 
 
+@dataclass(frozen=True)
+class Plan:
+    """An artifact to make: what goes into its fingerprint."""
+
+    ref: ArtifactRef
+    config: Mapping[str, Any]
+    inputs: Mapping[str, Artifact]
+
+
 def make(
     context: Context, ref: ArtifactRef, *, stage: str, config: Mapping[str, Any], inputs: Mapping[str, Artifact], work: Work
 ) -> Artifact:
@@ -113,31 +122,75 @@ def make(
 
     Whatever stops the work closes the tracker's run as FAILED or KILLED and leaves the draft to be taken up again.
     """
-    found = context.artifacts.begin(ref, config=config, inputs=inputs, notify=lambda text: context.progress.say(f"  {text}"))
-    if isinstance(found, Artifact):
-        context.progress.say(f"{stage:9} {ref}: reused, made {found.record.created}")
-        return found
-    context.progress.say(f"{stage:9} {ref}{': resuming' if found.resumed else ''}")
-    check_writable(found.files)
+
+    def alone(open_drafts: Mapping[str, tuple[Draft, Run]]) -> Mapping[str, Summary]:
+        return {"": work(*open_drafts[""])}
+
+    return make_together(context, {"": Plan(ref, config, inputs)}, stage=stage, work=alone)[""]
+
+
+def make_together(
+    context: Context,
+    plans: Mapping[str, Plan],
+    *,
+    stage: str,
+    work: Callable[[Mapping[str, tuple[Draft, Run]]], Mapping[str, Summary]],
+) -> dict[str, Artifact]:
+    """Make several artifacts in one piece of work; those that are complete are taken as they are and not given to it.
+
+    The work's summaries are kept in the drafts before the first commit, so that an interruption between two commits costs no
+    work. Returns the artifacts under the names of the plans.
+    """
+    found = {name: _begin(context, plan, stage) for name, plan in plans.items()}
+    drafts = {name: draft for name, draft in found.items() if isinstance(draft, Draft)}
+    made: dict[str, Artifact] = {}
     started = time.monotonic()
-    tags = {"heliostat.artifact": str(ref), "heliostat.stage": stage, "heliostat.fingerprint": found.fingerprint}
-    tags |= {f"heliostat.input.{role}": str(artifact.ref) for role, artifact in inputs.items()}
-    run = context.tracker.start(str(ref), config=config, tags=tags, resume_id=str(found.state.get("run_id", "")))
-    found.remember(run_id=run.id)
+    with contextlib.ExitStack() as stack:
+        runs = {name: stack.enter_context(_run(context, draft, stage)) for name, draft in drafts.items()}
+        waiting = {name: (draft, runs[name]) for name, draft in drafts.items() if "summary" not in draft.state}
+        for name, summary in (work(waiting) if waiting else {}).items():
+            drafts[name].remember(summary={"counts": dict(summary.counts), "metrics": dict(summary.metrics)})
+        for name, draft in drafts.items():
+            made[name] = _commit(draft)
+            counts = ", ".join(f"{value:,} {what}" for what, value in made[name].record.counts.items())
+            which = f"{draft.ref} " if len(plans) > 1 else ""
+            context.progress.say(f"          {which}done in {time.monotonic() - started:.0f} s: {counts}")
+    return {name: artifact if isinstance(artifact, Artifact) else made[name] for name, artifact in found.items()}
+
+
+def _begin(context: Context, plan: Plan, stage: str) -> Artifact | Draft:
+    say = context.progress.say
+    found = context.artifacts.begin(
+        plan.ref, config=plan.config, inputs=plan.inputs, notify=lambda text: context.progress.say(f"  {text}")
+    )
+    if isinstance(found, Artifact):
+        say(f"{stage:9} {plan.ref}: reused, made {found.record.created}")
+    else:
+        say(f"{stage:9} {plan.ref}{': resuming' if found.resumed else ''}")
+        check_writable(found.files)
+    return found
+
+
+@contextlib.contextmanager
+def _run(context: Context, draft: Draft, stage: str) -> Iterator[Run]:
+    tags = {"heliostat.artifact": str(draft.ref), "heliostat.stage": stage, "heliostat.fingerprint": draft.fingerprint}
+    tags |= {f"heliostat.input.{role}": str(artifact.ref) for role, artifact in draft.inputs.items()}
+    run = context.tracker.start(str(draft.ref), config=draft.config, tags=tags, resume_id=str(draft.state.get("run_id", "")))
+    draft.remember(run_id=run.id)
     status = "FAILED"
     try:
-        summary = work(found, run)
-        artifact = found.commit(counts=summary.counts, metrics=summary.metrics, code_version=code_version())
+        yield run
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
         raise
     finally:
         run.finish(status)
-    seconds = time.monotonic() - started
-    counts = ", ".join(f"{value:,} {name}" for name, value in summary.counts.items())
-    context.progress.say(f"          done in {seconds:.0f} s: {counts}")
-    return artifact
+
+
+def _commit(draft: Draft) -> Artifact:
+    summary = draft.state["summary"]
+    return draft.commit(counts=summary["counts"], metrics=summary["metrics"], code_version=code_version())
 
 
 def config_of(section: Any, *, without: tuple[str, ...] = ()) -> dict[str, Any]:

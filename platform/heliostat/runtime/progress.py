@@ -50,11 +50,17 @@ def bar(done: int, total: int, width: int = 20) -> str:
 
 
 def training_line(metrics: Mapping[str, float], step: int, total: int) -> str:
-    """One line about a training run: step, speed, share of time spent waiting for data, losses."""
+    """One line about a training run: step, speed, share of time waiting for data, losses / their values at uniform output."""
     losses = " ".join(
-        f"{name} {metrics[f'train/{name}']:.3f}"
+        _with_uniform(name, metrics)
         for name in ("loss", "dino_global", "dino_local", "ibot", "koleo")
         if f"train/{name}" in metrics
     )
     speed, wait = metrics.get("train/images_per_second", 0.0), metrics.get("train/data_wait_ratio", 0.0)
     return f"{bar(step, total)} step {step}/{total}  {speed:.0f} img/s  data wait {wait:.0%}  {losses}"
+
+
+def _with_uniform(name: str, metrics: Mapping[str, float]) -> str:
+    """A loss, and after a slash what it would be at uniform output."""
+    uniform = metrics.get(f"train/{name}_at_uniform")
+    return f"{name} {metrics[f'train/{name}']:.3f}" + (f"/{uniform:.2f}" if uniform is not None else "")

@@ -1,13 +1,14 @@
 """The whole recipe: one section per stage. `heliostat run` takes those that are present, in order."""
 
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from heliostat.artifacts import ArtifactRef
 from heliostat.config import StrictModel, load_recipe
 from heliostat.curation.config import CurateConfig
 from heliostat.data.config import DecodeConfig, PhotographPoolConfig
+from heliostat.errors import UsageError
 from heliostat.evaluation.config import EvaluateConfig
 from heliostat.publishing.config import PublishConfig
 from heliostat.runtime.config import ClusterConfig, SweepConfig
@@ -85,6 +86,62 @@ class Recipe(StrictModel):
     def ref(self, kind: str, suffix: str = "") -> ArtifactRef:
         """The artifact of this recipe of a kind."""
         return ArtifactRef(kind, f"{self.name}{suffix}", self.version)
+
+    @property
+    def models(self) -> dict[str, ArtifactRef]:
+        """The models that the recipe makes, by role, in the order they are made.
+
+        Roles are `model`, `model-<phase>`, and `student` or the students' names, each with its `-<phase>` and `-scratch`.
+        """
+        return self._pretrained() | self._distilled()
+
+    def maker_of(self, ref: ArtifactRef) -> str:
+        """The verb that makes a model of this recipe; empty for any other artifact."""
+        return "pretrain" if ref in self._pretrained().values() else "distill" if ref in self._distilled().values() else ""
+
+    def _pretrained(self) -> dict[str, ArtifactRef]:
+        if self.pretrain is None:
+            return {}
+        suffixes = ["", *(f"-{phase.name}" for phase in self.pretrain.phases)]
+        return {f"model{suffix}": self.ref("model", suffix) for suffix in suffixes}
+
+    def _distilled(self) -> dict[str, ArtifactRef]:
+        if self.distill is None:
+            return {}
+        suffixes = ["", *(f"-{phase.name}" for phase in self.distill.phases)]
+        suffixes += ["-scratch"] if self.distill.compare_with_scratch else []
+        roles = [f"{name or 'student'}{suffix}" for name in self.distill.backbones for suffix in suffixes]
+        return {role: self.ref("model", f"-{role}") for role in roles}
+
+    @property
+    def final_model(self) -> ArtifactRef:
+        """The model that the recipe is for: the last phase of its student, or of its model. Raises UsageError for several."""
+        if self.distill is not None and len(self.distill.backbones) > 1:
+            names = ", ".join(str(self.ref("model", f"-{name}")) for name in self.distill.backbones)
+            raise UsageError(f"recipe {self.name} makes several students ({names}); give publish.model=... to choose one")
+        made = [ref for role, ref in (self._distilled() or self._pretrained()).items() if not role.endswith("-scratch")]
+        return made[-1] if made else self.ref("model")
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        twice = set(self._pretrained().values()) & set(self._distilled().values())
+        if twice:
+            raise ValueError(f"{min(twice)} would be made by both pretrain and distill; rename the phase or the student")
+        return self
+
+    @model_validator(mode="after")
+    def _check_evaluated_sizes(self) -> Self:
+        """Found now rather than after the training."""
+        sections = [section for section in (self.pretrain, self.distill) if section is not None]
+        patches = {backbone.patch_size for section in sections for backbone in section.backbones.values()}
+        for name in ("image_size", "pca_image_size") if self.evaluate is not None else ():
+            size = getattr(self.evaluate, name)
+            for patch in patches:
+                if size % patch:
+                    lower = size // patch * patch
+                    advice = " or ".join(str(value) for value in (lower, lower + patch) if value)
+                    raise ValueError(f"evaluate.{name} {size} is not divisible by the models' patch_size {patch}; use {advice}")
+        return self
 
     @field_validator("name", "version", mode="before")
     @classmethod

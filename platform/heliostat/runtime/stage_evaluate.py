@@ -11,7 +11,19 @@ from heliostat.data.decode import ImageRejected, decode
 from heliostat.data.shards import manifest_from_bytes
 from heliostat.errors import ConfigError, DataError
 from heliostat.evaluation.config import EvaluateConfig
-from heliostat.evaluation.judge import Candidate, Judge, LabelledImages, Pixels, Row, judge_all, margins, rows_as_dicts
+from heliostat.evaluation.judge import (
+    FROM_SCRATCH,
+    Candidate,
+    Judge,
+    LabelledImages,
+    Pixels,
+    Row,
+    judge_all,
+    margins,
+    rows_as_dicts,
+    scratch_lines,
+    scratch_margins,
+)
 from heliostat.evaluation.knn import nearest
 from heliostat.evaluation.pictures import fit_size, grid_sheet, neighbor_sheet, patch_tokens, pca_colors, png
 from heliostat.evaluation.report import ReportInputs, render_report
@@ -41,15 +53,22 @@ def read_images(artifact: Artifact) -> tuple[list[Pixels], list[str | None]]:
 def evaluate(context: Context, config: EvaluateConfig) -> Artifact:
     """Make the recipe's report."""
     inputs = _inputs(context, config)
+    model_roles = [role for role in context.recipe.models if role in inputs] or ["model"]
 
     def work(draft: Draft, run: Run) -> Summary:
         judge = _judge(inputs, config)
-        models = [_candidate(role, inputs[role]) for role in ("model", "student") if role in inputs]
+        models = [_candidate(role, inputs[role]) for role in model_roles]
         sweep = inputs.get("sweep")
         rows = judge_all(judge, models, trial_candidates(sweep) if sweep else [])
-        results = {"rows": rows_as_dicts(rows), "margins": margins(rows)}
+        against_scratch = scratch_margins(rows)
+        results = {
+            "rows": rows_as_dicts(rows),
+            "margins": margins(rows),
+            "scratch": against_scratch,
+            "scratch_lines": scratch_lines(against_scratch),
+        }
         draft.put("results.json", json.dumps(results, indent=1).encode())
-        for line in table_lines(rows):
+        for line in [*table_lines(rows), *scratch_lines(against_scratch)]:
             context.progress.say(f"          {line}")
         pictures = _pictures(judge, models[0], config, inputs)
         for name, data in pictures.items():
@@ -80,11 +99,10 @@ def _inputs(context: Context, config: EvaluateConfig) -> dict[str, Artifact]:
         inputs["pictures"] = context.load(
             ArtifactRef.parse(config.pictures) if config.pictures else recipe.ref("raw", "-pictures")
         )
-    inputs["model"] = context.load(recipe.ref("model"))
-    for role, ref in (("student", recipe.ref("model", "-student")), ("sweep", recipe.ref("sweep"))):
-        wanted = recipe.distill if role == "student" else recipe.sweep
-        if wanted is not None:
-            inputs[role] = context.load(ref)
+    for role, ref in (recipe.models or {"model": recipe.ref("model")}).items():
+        inputs[role] = context.load(ref)
+    if recipe.sweep is not None:
+        inputs["sweep"] = context.load(recipe.ref("sweep"))
     return inputs
 
 
@@ -111,7 +129,15 @@ def _ids(artifact: Artifact) -> list[str]:
 
 def _candidate(role: str, model: Artifact) -> Candidate:
     backbone, info = read_backbone(model)
-    return Candidate("teacher" if role == "model" else "student", info, backbone)
+    return Candidate(row_name(role), info, backbone)
+
+
+def row_name(role: str) -> str:
+    """How the report calls a model: `teacher`, `teacher, <phase>`, `student`, `student from scratch` ..."""
+    if role.endswith("-scratch"):
+        return role.removesuffix("-scratch") + FROM_SCRATCH
+    first, _, phase = role.partition("-")
+    return ("teacher" if first == "model" else first) + (f", {phase}" if phase else "")
 
 
 def _pictures(judge: Judge, candidate: Candidate, config: EvaluateConfig, inputs: dict[str, Artifact]) -> dict[str, bytes]:
@@ -139,11 +165,10 @@ def _pictures(judge: Judge, candidate: Candidate, config: EvaluateConfig, inputs
 def _report_inputs(
     context: Context, results: dict[str, Any], pictures: dict[str, bytes], inputs: dict[str, Artifact]
 ) -> ReportInputs:
-    model = inputs["model"]
+    model = inputs[next(iter(context.recipe.models), "model")]
     histories: dict[str, list[dict[str, float]]] = {
-        str(role): [json.loads(line) for line in inputs[role].files.read(HISTORY).decode().splitlines()]
-        for role in ("model", "student")
-        if role in inputs
+        row_name(role): [json.loads(line) for line in inputs[role].files.read(HISTORY).decode().splitlines()]
+        for role in (context.recipe.models or ["model"])
     }
     data_ref = ArtifactRef.parse(model.record.inputs["data"])
     data = context.load(data_ref)

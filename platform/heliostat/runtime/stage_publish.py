@@ -1,30 +1,49 @@
 """publish: a model -> a release that others can load."""
 
+import tempfile
+from pathlib import Path
+
 from heliostat.artifacts import Artifact, ArtifactRef, Draft, lineage, render_lineage
 from heliostat.models.stored import read_info
 from heliostat.publishing.card import render_card
 from heliostat.publishing.config import PublishConfig
-from heliostat.publishing.export import export_safetensors
+from heliostat.publishing.export import check_architecture, check_libraries, export_formats
 from heliostat.runtime.pipelines import Context, Summary, config_of, make
+from heliostat.runtime.recipe import Recipe
 from heliostat.tracking import Run
+
+
+def check_publish(recipe: Recipe) -> None:
+    """Refuse, before any stage of a recipe runs, a release that could not be made at its end.
+
+    Raises UsageError for a missing library, ConfigError for a format that cannot hold the backbone which the recipe trains.
+    """
+    config, trained = recipe.publish, recipe.distill or recipe.pretrain
+    if config is None:
+        return
+    check_libraries(config.formats)
+    if trained is not None and not config.model:
+        _ = recipe.final_model  # one student, or the recipe has to say which
+        check_architecture(config.formats, next(iter(trained.backbones.values())))
 
 
 def publish(context: Context, config: PublishConfig) -> Artifact:
     """Make the recipe's release."""
     recipe = context.recipe
-    if config.model:
-        ref = ArtifactRef.parse(config.model)
-    else:
-        ref = recipe.ref("model", "-student" if recipe.distill is not None else "")
+    ref = ArtifactRef.parse(config.model) if config.model else recipe.final_model
     inputs = {"model": context.load(ref)}
     if recipe.evaluate is not None:
         inputs["report"] = context.load(recipe.ref("report"))
+    check_libraries(config.formats)
+    check_architecture(config.formats, read_info(inputs["model"]).backbone)
 
     def work(draft: Draft, run: Run) -> Summary:
         model = inputs["model"]
-        files, difference = export_safetensors(model, config.parity_tolerance)
-        for name, data in files.items():
-            draft.put(name, data)
+        with tempfile.TemporaryDirectory() as folder:
+            differences = export_formats(model, config, Path(folder))
+            files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+            for path in files:
+                draft.put(path.relative_to(folder).as_posix(), path.read_bytes())
         rows = inputs["report"].read_json("results.json")["rows"] if "report" in inputs else []
         card = render_card(
             record=model.record,
@@ -32,12 +51,14 @@ def publish(context: Context, config: PublishConfig) -> Artifact:
             config=config,
             lineage=render_lineage(lineage(context.artifacts, model.ref)),
             rows=rows,
-            difference=difference,
+            differences=differences,
         )
         draft.put("README.md", card.encode())
-        context.progress.say(f"          parity with the model: largest difference {difference:g}")
-        run.log_metrics({"publish/largest_difference": difference}, 0)
-        return Summary({"files": len(files) + 1}, {"publish/largest_difference": difference})
+        for name, difference in differences.items():
+            context.progress.say(f"          {name}: parity with the model, largest difference {difference:g}")
+        metrics = {"publish/largest_difference": max(differences.values())}
+        run.log_metrics(metrics, 0)
+        return Summary({"files": len(files) + 1}, metrics)
 
     settings = config_of(config, without=("model",))
     return make(context, recipe.ref("release"), stage="publish", config=settings, inputs=inputs, work=work)

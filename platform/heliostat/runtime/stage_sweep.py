@@ -7,7 +7,6 @@ A trial that has its trial.json is finished: a sweep that was interrupted runs o
 checkpoint.
 """
 
-import itertools
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from heliostat.artifacts import Artifact, Draft, clean
-from heliostat.config import apply_overrides, validate
 from heliostat.errors import ConfigError, TrainingError
 from heliostat.evaluation.judge import Candidate
 from heliostat.models.stored import read_backbone_files
@@ -25,10 +23,10 @@ from heliostat.runtime.pipelines import Context, Summary, config_of, make
 from heliostat.runtime.progress import bar
 from heliostat.runtime.relay import Relay, Watcher
 from heliostat.runtime.stage_train import NOT_IN_FINGERPRINT, readable_rows, training_images
+from heliostat.runtime.sweep_grid import grid_points, trial_configs
 from heliostat.runtime.trainer import ReadRange
 from heliostat.tracking import Run, Tracker
 from heliostat.training.engine import World
-from heliostat.training.recipe import PretrainConfig
 from heliostat.training.run import TrainingJob, run_training
 
 TRIALS = "trials.json"
@@ -49,24 +47,13 @@ class Trial:
         return f"{self.index:03d}"
 
 
-def grid_points(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Every combination, the last key fastest."""
-    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-
-
-def trial_config(base: PretrainConfig, overrides: Mapping[str, Any]) -> PretrainConfig:
-    """The pretrain section with dotted keys replaced, run in one process. Raises ConfigError for an unknown key."""
-    words = [f"{key}={json.dumps(value)}" for key, value in {**overrides, "scaling.num_workers": 0}.items()]
-    return validate(PretrainConfig, apply_overrides(base.model_dump(mode="json"), words), "sweep")
-
-
 def sweep(context: Context, config: SweepConfig) -> Artifact:
     """Run the recipe's grid of trials."""
     base = context.recipe.pretrain
     if base is None:
         raise ConfigError("a sweep needs the pretrain section that its trials vary; add pretrain: to the recipe")
     points = grid_points(config.grid)
-    configs = [trial_config(base, {**config.overrides, **point}) for point in points]
+    configs = trial_configs(base, config)
     images = training_images(context, base.data)
 
     def work(draft: Draft, run: Run) -> Summary:
@@ -142,7 +129,7 @@ def _run_trial(parameters: dict[str, Any], *, shared: _Shared) -> None:
     tags = {"mlflow.parentRunId": shared.parent_run} if shared.parent_run else {}
     run = shared.tracker.start(f"trial {trial.name}", config=config_of(config), tags=tags)
 
-    def report(metrics: Mapping[str, float], step: int) -> None:
+    def report(metrics: Mapping[str, float], step: int, model: str = "") -> None:
         run.log_metrics(metrics, step)
         relay.push(f"trial {trial.name}", metrics, step)
         if step % shared.report_every_steps == 0 or step == config.train.steps:
@@ -151,7 +138,7 @@ def _run_trial(parameters: dict[str, Any], *, shared: _Shared) -> None:
     status = "FAILED"
     try:
         summary = run_training(trial.job, World(), report, lambda text: relay.note(trial.name, f"trial {trial.name}: {text}"))
-        record = {"name": trial.name, "overrides": dict(trial.overrides), "metrics": summary["metrics"]}
+        record = {"name": trial.name, "overrides": dict(trial.overrides), "metrics": summary["metrics"][""]}
         files.put(_TRIAL, json.dumps(record, indent=1).encode())
         clean(files)
         status = "FINISHED"

@@ -1,23 +1,37 @@
 """pretrain and distill: images -> model artifacts."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from heliostat.artifacts import Artifact, ArtifactRef, Draft
+from heliostat.config import validate
 from heliostat.data.shards import manifest_from_bytes
 from heliostat.errors import DataError
-from heliostat.models.stored import read_info, read_teacher_state
-from heliostat.runtime.pipelines import Context, Summary, config_of, make
+from heliostat.models.config import BackboneConfig
+from heliostat.models.stored import teacher_state
+from heliostat.runtime.pipelines import Context, Plan, Summary, config_of, make_together
 from heliostat.runtime.stage_ingest import MANIFEST
-from heliostat.runtime.trainer import TrainingRequest, train, training_job
+from heliostat.runtime.trainer import ReadRange, TrainingRequest, train
+from heliostat.runtime.weights import WeightSource, open_weights
 from heliostat.tracking import Run
-from heliostat.training.recipe import DistillConfig, PretrainConfig, TrainingConfig
-from heliostat.training.run import FrozenTeacher
+from heliostat.training.recipe import (
+    DistillConfig,
+    InitConfig,
+    PretrainConfig,
+    TrainingConfig,
+    compressed,
+    phase_config,
+)
+from heliostat.training.run import FrozenTeacher, TrainingJob
+from heliostat.training.start import StartingWeights, check_fit, fit_backbone
 
-# What changes speed, safety or place but not the result.
-NOT_IN_FINGERPRINT = ("data", "scaling", "loader", "train.checkpoint_every_steps", "train.keep_checkpoints")
+# What changes speed, safety or place but not the result. Names of other artifacts enter through the inputs' fingerprints.
+NOT_IN_FINGERPRINT = ("data", "scaling", "loader", "phases", "train.checkpoint_every_steps", "train.keep_checkpoints")
+_OF_INIT = ("init.weights",)
+_OF_DISTILL = ("teacher", "teacher_head_steps", "students", "compare_with_scratch")
 
 
 def training_images(context: Context, data: str) -> Artifact:
@@ -38,49 +52,188 @@ def readable_rows(images: Artifact) -> pa.Table:
 
 
 def pretrain(context: Context, config: PretrainConfig) -> Artifact:
-    """Train the recipe's model."""
+    """Train the recipe's model, then its further phases, each from the weights of the one before. Returns the last one."""
     images = training_images(context, config.data)
-    return _train(context, config, context.recipe.ref("model"), stage="pretrain", images=images, teacher=None)
+    init = None
+    if config.init.weights:
+        init = open_weights(context, config.init.weights, num_heads=config.student.num_heads)
+    model = _pretrain_one(context, config, context.recipe.ref("model"), images=images, init=init)
+    for phase in config.phases:
+        ref, before = context.recipe.ref("model", f"-{phase.name}"), WeightSource.of_artifact(model)
+        model = _pretrain_one(context, phase_config(config, phase), ref, images=images, init=before)
+    return model
+
+
+def _pretrain_one(
+    context: Context,
+    config: PretrainConfig,
+    ref: ArtifactRef,
+    *,
+    images: Artifact,
+    init: WeightSource | None,
+    stage: str = "pretrain",
+) -> Artifact:
+    if init is not None:
+        check_fit(init.what, init.config, config.student)
+    settings = config_of(config, without=NOT_IN_FINGERPRINT + _OF_INIT)
+    plan = Plan(ref, settings | _identity(init=init), {"data": images} | _inputs(init=init))
+
+    def start() -> dict[str, StartingWeights]:
+        if init is None:
+            return {}
+        weights = init.read()
+        if config.init.heads == "fresh":
+            weights = weights.without_heads()
+        if not weights.has_heads and not config.init.head_warmup_steps:
+            context.progress.say(
+                f"          {weights.what} brings no heads and init.head_warmup_steps is 0: fresh heads will pull at the "
+                "trained backbone from the first step"
+            )
+        return {"": fit_backbone(weights, config.student)}
+
+    return _train(context, config, {"": plan}, stage=stage, start=start)[""]
 
 
 def distill(context: Context, config: DistillConfig) -> Artifact:
-    """Train the recipe's student against its model, or against the teacher that is named."""
+    """Train the recipe's students against one frozen teacher, their phases, and their like without it. Returns the first."""
     images = training_images(context, config.data)
-    teacher_ref = ArtifactRef.parse(config.teacher) if config.teacher else context.recipe.ref("model")
-    teacher = context.load(teacher_ref)
-    return _train(context, config, context.recipe.ref("model", "-student"), stage="distill", images=images, teacher=teacher)
+    teacher = _teacher(context, config, images)
+    results = _distill_together(context, config, "", images=images, teacher=teacher, before={})
+    first, before = next(iter(results.values())), results
+    for phase in config.phases:
+        before = _distill_together(
+            context, phase_config(config, phase), f"-{phase.name}", images=images, teacher=teacher, before=before
+        )
+    if config.compare_with_scratch:
+        for name, backbone in config.backbones.items():
+            ref = context.recipe.ref("model", f"-{name or 'student'}-scratch")
+            _pretrain_one(context, alone(config, backbone), ref, images=images, init=None, stage="distill")
+    return first
+
+
+def alone(config: DistillConfig, backbone: BackboneConfig) -> PretrainConfig:
+    """A student's training without its teacher: everything else as in the distillation."""
+    plain = {key: value for key, value in config.model_dump(mode="json").items() if key in TrainingConfig.model_fields}
+    return validate(PretrainConfig, plain | {"student": backbone.model_dump(mode="json"), "phases": []}, "distill")
+
+
+def _teacher(context: Context, config: DistillConfig, images: Artifact) -> WeightSource:
+    """The teacher with heads: the artifact, the public weights, or these after heads were trained on them."""
+    source = open_weights(context, config.teacher or str(context.recipe.ref("model")))
+    if source.artifact is not None:
+        return source
+    weights = source.read()
+    if weights.has_heads:
+        return source
+    if not config.teacher_head_steps:
+        raise DataError(
+            f"distill.teacher={config.teacher} has no heads, and students are compared prototype by prototype; give "
+            "distill.teacher_head_steps (for example 5000) to train heads on the frozen teacher first"
+        )
+    steps = config.teacher_head_steps
+    plain = compressed(alone(config, weights.config).model_dump(mode="json"), config.train.steps, steps)
+    plain["init"] = InitConfig(weights=config.teacher, head_warmup_steps=steps).model_dump(mode="json")
+    plain["method"]["drop_path_rate"] = 0.0
+    ref = context.recipe.ref("model", "-teacher")
+    section = validate(PretrainConfig, plain, "distill.teacher_head_steps")
+    return WeightSource.of_artifact(_pretrain_one(context, section, ref, images=images, init=source, stage="distill"))
+
+
+def _distill_together(
+    context: Context,
+    config: DistillConfig,
+    suffix: str,
+    *,
+    images: Artifact,
+    teacher: WeightSource,
+    before: Mapping[str, Artifact],
+) -> dict[str, Artifact]:
+    plans = {}
+    for name, backbone in config.backbones.items():
+        init = WeightSource.of_artifact(before[name]) if before else None
+        settings = config_of(config, without=NOT_IN_FINGERPRINT + _OF_DISTILL) | {"student": backbone.model_dump(mode="json")}
+        inputs = {"data": images} | _inputs(teacher=teacher, init=init)
+        ref = context.recipe.ref("model", f"-{name or 'student'}{suffix}")
+        plans[name] = Plan(ref, settings | _identity(teacher=teacher), inputs)
+
+    def start() -> dict[str, StartingWeights]:
+        return {
+            name: fit_backbone(WeightSource.of_artifact(model).read(), config.backbones[name]) for name, model in before.items()
+        }
+
+    return _train(context, config, plans, stage="distill", start=start, teacher=teacher)
+
+
+def _inputs(**sources: WeightSource | None) -> dict[str, Artifact]:
+    """Weights that are artifacts, as inputs by role."""
+    return {role: source.artifact for role, source in sources.items() if source is not None and source.artifact is not None}
+
+
+def _identity(**sources: WeightSource | None) -> dict[str, str]:
+    """Weights that are files, as entries of the fingerprint: their content, not their place."""
+    return {f"{role}_sha256": source.sha256 for role, source in sources.items() if source is not None and source.sha256}
 
 
 def _train(
-    context: Context, config: TrainingConfig, ref: ArtifactRef, *, stage: str, images: Artifact, teacher: Artifact | None
-) -> Artifact:
-    def work(draft: Draft, run: Run) -> Summary:
+    context: Context,
+    config: TrainingConfig,
+    plans: Mapping[str, Plan],
+    *,
+    stage: str,
+    start: Any,
+    teacher: WeightSource | None = None,
+) -> dict[str, Artifact]:
+    """One training run that makes the artifacts of the plans, one for each network."""
+    images = next(iter(plans.values())).inputs["data"]
+
+    def work(opened: Mapping[str, tuple[Draft, Run]]) -> dict[str, Summary]:
         if config.scaling.num_workers > 0:
             context.need_ray()
-        frozen = FrozenTeacher(read_info(teacher), read_teacher_state(teacher)) if teacher else None
+        own = _only(config, opened)
         manifest = readable_rows(images)
-        context.progress.say(f"          {describe_training(config, manifest.num_rows)}")
-        job = training_job(config, manifest, images.files, draft, frozen)
-        summary = train(TrainingRequest(str(ref), job, context.tracker, run.id), run, context.progress)
-        return _summary(config, summary)
+        for line in describe_training(own, manifest.num_rows):
+            context.progress.say(f"          {line}")
+        stores = {name: draft.files for name, (draft, _) in opened.items()}
+        weights = {name: one for name, one in start().items() if name in opened}
+        job = TrainingJob(
+            own, manifest, ReadRange(images.files), next(iter(stores.values())), _frozen(teacher), weights, stores
+        )
+        artifacts = {name: str(draft.ref) for name, (draft, _) in opened.items()}
+        runs = {name: run for name, (_, run) in opened.items()}
+        request = TrainingRequest(artifacts, job, context.tracker, {name: run.id for name, run in runs.items()})
+        summary = train(request, runs, context.progress)
+        return {name: _summary(config, summary, name) for name in opened}
 
-    skip = NOT_IN_FINGERPRINT + (("teacher",) if isinstance(config, DistillConfig) else ())
-    inputs = {"data": images} | ({"teacher": teacher} if teacher else {})
-    return make(context, ref, stage=stage, config=config_of(config, without=skip), inputs=inputs, work=work)
+    return make_together(context, plans, stage=stage, work=work)
 
 
-def _summary(config: TrainingConfig, summary: dict[str, Any]) -> Summary:
+def _only(config: TrainingConfig, names: Mapping[str, object]) -> TrainingConfig:
+    """The section with the students that still have to be trained: those that are complete stay as they are."""
+    if not isinstance(config, DistillConfig) or not config.students:
+        return config
+    return config.model_copy(update={"students": {name: config.students[name] for name in names}})
+
+
+def _frozen(teacher: WeightSource | None) -> FrozenTeacher | None:
+    if teacher is None:
+        return None
+    weights = teacher.read()
+    return FrozenTeacher(weights.config, teacher_state(weights.backbone, weights.heads))
+
+
+def _summary(config: TrainingConfig, summary: dict[str, Any], name: str) -> Summary:
     counts = {"steps": config.train.steps, "images_seen": config.train.steps * config.train.global_batch_size}
     failures = {"decode_failures": summary["decode_failures"]} if summary["decode_failures"] else {}
-    return Summary(counts | failures, summary["metrics"])
+    return Summary(counts | failures, summary["metrics"][name])
 
 
-def describe_training(config: TrainingConfig, num_images: int) -> str:
-    """One line: what is trained on how much, where."""
-    student, train = config.student, config.train
+def describe_training(config: TrainingConfig, num_images: int) -> list[str]:
+    """One line for each network: what is trained on how much, where."""
+    train = config.train
     epochs = train.steps * train.global_batch_size / max(num_images, 1)
     where = f"{config.scaling.num_workers} workers" if config.scaling.num_workers else "this process"
-    return (
-        f"{student.arch} {student.embed_dim}x{student.depth} patch {student.patch_size}: {train.steps:,} steps of "
-        f"{train.global_batch_size} images from {num_images:,} ({epochs:.1f} epochs), {where}"
-    )
+    return [
+        f"{f'{name}: ' if name else ''}{student.arch} {student.embed_dim}x{student.depth} patch {student.patch_size}: "
+        f"{train.steps:,} steps of {train.global_batch_size} images from {num_images:,} ({epochs:.1f} epochs), {where}"
+        for name, student in config.backbones.items()
+    ]

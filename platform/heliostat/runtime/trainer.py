@@ -6,14 +6,13 @@ group; the loop then finds the newest checkpoint by itself.
 
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
 import ray
 import torch
 
-from heliostat.artifacts import Draft
 from heliostat.errors import HeliostatError, NonFiniteLossError, TrainingError, UsageError
 from heliostat.runtime.interrupt import run_interruptible
 from heliostat.runtime.progress import Progress, training_line
@@ -21,8 +20,7 @@ from heliostat.runtime.relay import Relay, Watcher
 from heliostat.storage import Store
 from heliostat.tracking import Run, Tracker
 from heliostat.training.engine import World
-from heliostat.training.recipe import TrainingConfig
-from heliostat.training.run import FrozenTeacher, TrainingJob, run_training
+from heliostat.training.run import TrainingJob, run_training
 
 
 @dataclass(frozen=True)
@@ -38,37 +36,40 @@ class ReadRange:
 
 @dataclass(frozen=True)
 class TrainingRequest:
-    """One run, as the driver describes it to the workers."""
+    """One run, as the driver describes it to the workers: the artifacts and tracker's runs of the networks that it trains."""
 
-    artifact: str
+    artifacts: Mapping[str, str]
     job: TrainingJob
     tracker: Tracker
-    run_id: str
+    run_ids: Mapping[str, str]
+
+    def label(self) -> str:
+        """The artifacts in one word."""
+        return ", ".join(self.artifacts.values())
 
 
-def training_job(
-    config: TrainingConfig, manifest: pa.Table, images: Store, draft: Draft, teacher: FrozenTeacher | None = None
-) -> TrainingJob:
-    """The job of a draft: data read from one artifact, everything written into the other."""
-    return TrainingJob(config, manifest, ReadRange(images), draft.files, teacher)
-
-
-def train(request: TrainingRequest, run: Run, progress: Progress) -> dict[str, Any]:
+def train(request: TrainingRequest, runs: Mapping[str, Run], progress: Progress) -> dict[str, Any]:
     """Run a training job to its end, in this process (`num_workers=0`) or on Ray Train. Returns the main rank's summary."""
     total = request.job.config.train.steps
+
+    def line(model: str, metrics: Mapping[str, float], step: int) -> str:
+        return (f"{model}: " if model else "") + training_line(metrics, step, total)
+
     if request.job.config.scaling.num_workers == 0:
 
-        def report(metrics: Any, step: int) -> None:
-            run.log_metrics(metrics, step)
-            progress.update(training_line(metrics, step, total))
+        def report(metrics: Mapping[str, float], step: int, model: str = "") -> None:
+            runs[model].log_metrics(metrics, step)
+            progress.update(line(model, metrics, step))
 
         return run_training(request.job, World(), report, progress.say)
+
+    names = {artifact: name for name, artifact in request.artifacts.items()}
 
     def show(source: str, metrics: dict[str, float], step: int) -> None:
         if step < 0:
             progress.say(f"  {source}")
         else:
-            progress.update(training_line(metrics, step, total), final=step == total)
+            progress.update(line(names[source], metrics, step), final=step == total)
 
     with Watcher(Relay(), show) as relay:
         return _fit(request, relay)
@@ -147,14 +148,14 @@ def _worker(parameters: dict[str, Any]) -> dict[str, Any]:
         device = get_device()
     else:
         device = torch.device("cpu")
-    run = request.tracker.attach(request.run_id)
+    runs = {name: request.tracker.attach(run_id) for name, run_id in request.run_ids.items()}
 
-    def report(metrics: Any, step: int) -> None:
-        run.log_metrics(metrics, step)
-        relay.push(request.artifact, metrics, step)
+    def report(metrics: Mapping[str, float], step: int, model: str = "") -> None:
+        runs[model].log_metrics(metrics, step)
+        relay.push(request.artifacts[model], metrics, step)
 
     def notify(text: str) -> None:
-        relay.note(request.artifact, text)
+        relay.note(request.label(), text)
 
     try:
         return run_training(request.job, World(rank, size, device), report, notify)

@@ -75,11 +75,18 @@ def run_recipe(name: str, overrides: Sequence[str], *, stage: str = "", dry_run:
     """Run one stage of a recipe, or all of them; with `dry_run` print what it would be and cost."""
     recipe, choices = _recipe(name, overrides, stage)
     stages = [stage] if stage and not choices else recipe.stages
-    if dry_run:
-        from heliostat.runtime.dry_run import print_costs
+    if "publish" in stages and recipe.publish is not None and set(recipe.publish.formats) != {"fair"}:
+        # Our own format takes every backbone and needs no library; the others import torch, 4 s that a dry run can do without.
+        from heliostat.runtime.stage_publish import check_publish
 
+        check_publish(recipe)
+    if dry_run:
+        from heliostat.runtime.dry_run import cost_lines
+
+        lines = cost_lines(recipe, stages)  # first, for it may refuse
         print(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False, width=120), end="")
-        print_costs(recipe, stages)
+        for line in lines:
+            print(line)
         return
     progress = Progress()
     for choice in choices:
@@ -103,8 +110,16 @@ def _recipe(name: str, overrides: Sequence[str], stage: str) -> tuple[Recipe, "l
     recipe = read_recipe(name, tuple(overrides), stage)
     if stage and getattr(recipe, stage) is None:
         has = ", ".join(recipe.stages) or "no stage"
-        raise UsageError(f"recipe {name} has no section {stage}; it has {has}")
+        raise UsageError(f"recipe {name} has no section {stage}; it has {has}. To add it give {_smallest_section(stage)}")
     return recipe, []
+
+
+def _smallest_section(stage: str) -> str:
+    """The override that adds a section with nothing but what it must have."""
+    section = Recipe.model_fields[stage].annotation
+    (model,) = (one for one in getattr(section, "__args__", ()) if one is not type(None))
+    required = [key for key, field in model.model_fields.items() if field.is_required()]
+    return f"{stage}.{required[0]}=..." if required else f"{stage}={{}}"
 
 
 def run_stage(context: Context, stage: str) -> Artifact:

@@ -41,7 +41,7 @@ def _folder(step: int) -> str:
     return f"{FOLDER}step-{step:08d}/"
 
 
-def write_checkpoint(files: Store, checkpoint: Checkpoint, history: list[dict[str, float]], *, keep: int) -> None:
+def write_checkpoint(files: Store, checkpoint: Checkpoint, history: list[dict[str, Any]], *, keep: int) -> None:
     """Write everything, the manifest last; then remove all but the newest `keep`, manifests first. History is never removed."""
     folder = _folder(checkpoint.step)
     content = {
@@ -103,17 +103,20 @@ def newest_checkpoint(files: Store, notify: Callable[[str], None]) -> Checkpoint
     return None
 
 
-def read_history(files: Store, up_to_step: int) -> list[dict[str, float]]:
-    """All metric records of the run up to a step, in order, from the pieces beside the checkpoints. Raises CheckpointError."""
-    rows: dict[int, dict[str, float]] = {}
+def read_history(files: Store, up_to_step: int) -> list[dict[str, Any]]:
+    """All metric records of the run up to a step, in order, from the pieces beside the checkpoints. Raises CheckpointError.
+
+    A record has `step`, metrics, and `model` where the run trains several networks.
+    """
+    rows: dict[tuple[int, str], dict[str, Any]] = {}
     for entry in files.list(FOLDER):
         if not entry.key.endswith("/history.jsonl"):
             continue
         try:
             found = [json.loads(line) for line in files.read(entry.key).decode().splitlines()]
-            rows |= {int(row["step"]): row for row in found if row["step"] <= up_to_step}
+            rows |= {(int(row["step"]), str(row.get("model", ""))): row for row in found if row["step"] <= up_to_step}
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{files.uri}/{entry.key} is damaged ({error}); remove it, the curves will lack these steps"
             ) from error
-    return [rows[step] for step in sorted(rows)]
+    return [rows[key] for key in sorted(rows)]

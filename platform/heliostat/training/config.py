@@ -31,6 +31,9 @@ class DinoConfig(StrictModel):
     koleo_loss_weight: float = Field(default=0.1, ge=0)
     """Weight of KoLeo, summed over both global crops (DINOv2: 0.1); 0 turns it off."""
 
+    koleo_loss_distributed: bool = False
+    """Look for the nearest neighbour among the images of all ranks instead of the rank's own (DINOv2: own only)."""
+
     @property
     def head(self) -> HeadConfig:
         """The DINO head."""

@@ -33,6 +33,15 @@ def teacher_entropy(targets_RK: Tensor) -> Tensor:
     return torch.sum(torch.special.entr(targets_RK.float())) / targets_RK.shape[0]
 
 
+def kl_to_teacher(dino_global: float, entropy: float, num_local_crops: int) -> float:
+    """Kullback-Leibler divergence of the student from its targets in nats, mean over the global pairs; 0 when all is learnt.
+
+    The cross-entropy is that divergence plus the targets' own entropy, which no student can get below. dino_global is the loss
+    of that name, 2 of 2L + 2 pairs.
+    """
+    return dino_global * (2 * num_local_crops + 2) / 2 - entropy
+
+
 @torch.no_grad()
 def prototype_usage(targets_RK: Tensor) -> Tensor:
     """Share of the prototypes in use, from 1/K to 1: exponential of the entropy of the mean target, divided by K.

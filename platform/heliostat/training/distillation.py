@@ -1,8 +1,9 @@
-"""Distillation: a small student learns from a frozen large teacher with the losses of pre-training (arXiv 2304.07193, sec. 5).
+"""Distillation: small students learn from a frozen large teacher with the losses of pre-training (arXiv 2304.07193, section 5).
 
 Differences from pre-training, all of the paper or its authors: the teacher is frozen; nothing is masked for the student and the
 ibot loss covers all patch tokens of both global crops (dinov2 issue 176); no stochastic depth; a moving average of the student,
-which training never reads, is the final model (dinov2 issue 96).
+which training never reads, is the final model (dinov2 issue 96). Several students share the teacher's forward, which costs more
+than theirs together; each computes what it would compute alone.
 """
 
 from collections.abc import Mapping
@@ -13,11 +14,11 @@ from torch import Tensor, nn
 from heliostat.data.batch import Batch
 from heliostat.errors import ConfigError
 from heliostat.models.config import BackboneConfig
-from heliostat.models.vit import VisionTransformer
 from heliostat.models.weights import load_state, submodule_state
 from heliostat.training.config import MethodConfig
 from heliostat.training.losses import TargetAssignment
 from heliostat.training.method import (
+    Network,
     StudentOutputs,
     TeacherTargets,
     build_network,
@@ -32,32 +33,45 @@ from heliostat.training.method import (
 
 
 class Distillation(nn.Module):
-    """Frozen teacher, student and the student's average. State keys are `teacher.*`, `student.*`, `average.*` and the centres.
+    """Frozen teacher, students and their averages. State keys: `teacher.*`, `students.<n>.*`, `averages.<n>.*`, the centres.
 
-    Teacher and student share the method's head configuration, since they are compared prototype by prototype.
+    Teacher and students share the method's head configuration, since they are compared prototype by prototype. Every student is
+    drawn from the same state of torch's generator, so it begins as it would alone.
     """
 
-    def __init__(self, *, teacher: BackboneConfig, student: BackboneConfig, method: MethodConfig) -> None:
+    def __init__(self, *, teacher: BackboneConfig, students: Mapping[str, BackboneConfig], method: MethodConfig) -> None:
         super().__init__()
-        if teacher.patch_size != student.patch_size:
-            raise ConfigError(
-                f"the student's patch_size {student.patch_size} differs from the teacher's {teacher.patch_size}; "
-                f"patch tokens are compared place by place, use {teacher.patch_size}"
-            )
+        for backbone in students.values():
+            if teacher.patch_size != backbone.patch_size:
+                raise ConfigError(
+                    f"the student's patch_size {backbone.patch_size} differs from the teacher's {teacher.patch_size}; "
+                    f"patch tokens are compared place by place, use {teacher.patch_size}"
+                )
         self.method = method
+        self.names = tuple(students)
+        generator = torch.get_rng_state()
+        self.students = nn.ModuleList()
+        self.averages = nn.ModuleList()
+        for backbone in students.values():
+            torch.set_rng_state(generator)
+            self.students.append(build_network(backbone, method))
+            self.averages.append(build_network(backbone, method))
+            self.averages[-1].load_state_dict(self.students[-1].state_dict())
         self.teacher = build_network(teacher, method)
-        self.student = build_network(student, method)
-        self.average = build_network(student, method)
-        self.average.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
-        self.average.requires_grad_(False)
+        self.averages.requires_grad_(False)
         self.dino_targets = TargetAssignment(method.dino.head_n_prototypes, method.centering)
         self.ibot_targets = TargetAssignment(method.ibot_head.out_dim, method.centering)
 
     @property
-    def final_backbone(self) -> VisionTransformer:
-        """The backbone that a run leaves behind: the student's moving average."""
-        return self.average.backbone
+    def networks(self) -> dict[str, Network]:
+        """The students by name."""
+        return dict(zip(self.names, self.students, strict=True))  # type: ignore[arg-type]
+
+    @property
+    def results(self) -> dict[str, Network]:
+        """The students' moving averages by name."""
+        return dict(zip(self.names, self.averages, strict=True))  # type: ignore[arg-type]
 
     def load_teacher(self, state: Mapping[str, Tensor]) -> None:
         """Take the teacher (`teacher.*`) of a self-distillation state; raises CheckpointError if it does not fit.
@@ -74,8 +88,7 @@ class Distillation(nn.Module):
     def forward(self, batch: Batch, teacher_temp: float) -> dict[str, Tensor]:
         """The losses of a batch; wrappers such as DistributedDataParallel hook into this call."""
         teacher = self.teacher_targets(batch, teacher_temp)
-        student = self.student_outputs(batch)
-        return self.losses(student, teacher, batch)
+        return self.losses(self.student_outputs(batch), teacher, batch)
 
     @torch.no_grad()
     def teacher_targets(self, batch: Batch, teacher_temp: float) -> TeacherTargets:
@@ -86,30 +99,46 @@ class Distillation(nn.Module):
             patches_MK = self.ibot_targets(patches_MK, teacher_temp)
         return TeacherTargets(cls_RK.view(2, -1, cls_RK.shape[1]), patches_MK)
 
-    def student_outputs(self, batch: Batch) -> StudentOutputs:
-        """One packed forward over all crops, none of them masked."""
+    def student_outputs(self, batch: Batch) -> dict[str, StudentOutputs]:
+        """One packed forward of each student over all crops, none of them masked."""
         # Masks of False instead of None keep mask_token in the graph, so that every parameter has a gradient on every rank.
-        return packed_student_outputs(self.student, batch, torch.zeros_like(batch.masks), self._rows(batch))
+        unmasked, rows_M = torch.zeros_like(batch.masks), self._rows(batch)
+        return {name: packed_student_outputs(network, batch, unmasked, rows_M) for name, network in self.networks.items()}
 
-    def losses(self, student: StudentOutputs, teacher: TeacherTargets, batch: Batch) -> dict[str, Tensor]:
-        """Unweighted losses by name; see `training.method.compare`."""
-        return compare(student, teacher, torch.ones_like(batch.masks), self.method)
+    def losses(self, student: Mapping[str, StudentOutputs], teacher: TeacherTargets, batch: Batch) -> dict[str, Tensor]:
+        """Unweighted losses by name (see `training.method.compare`), `<student>/<loss>` where the student has a name."""
+        everywhere = torch.ones_like(batch.masks)
+        return {
+            f"{name}/{loss}" if name else loss: value
+            for name, outputs in student.items()
+            for loss, value in compare(outputs, teacher, everywhere, self.method).items()
+        }
+
+    def features(self, student: Mapping[str, StudentOutputs]) -> dict[str, Tensor]:
+        """Each student's cls tokens (B, D) of the first global crops."""
+        return {name: outputs.global_cls_GBD[0].detach() for name, outputs in student.items()}
 
     def weighted_sum(self, losses: Mapping[str, Tensor]) -> Tensor:
-        """The scalar to backpropagate."""
+        """The scalar to backpropagate: the sum over the students, which have no parameter in common."""
         return weighted_sum(losses, self.method)
 
     def logged(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Detached losses in the reference's logging convention, and their `total`."""
-        return logged(losses, self.method)
+        """Detached losses in the reference's logging convention, and each student's `total`."""
+        shown: dict[str, Tensor] = {}
+        for name in self.names:
+            prefix = f"{name}/" if name else ""
+            own = {key.removeprefix(prefix): loss for key, loss in losses.items() if key.startswith(prefix)}
+            shown |= {f"{prefix}{key}": value for key, value in logged(own, self.method).items()}
+        return shown
 
     def uniform_losses(self, num_local_crops: int) -> dict[str, float]:
-        """What `logged` shows while the student's outputs are uniform: a run that stays there has collapsed."""
+        """What `logged` shows of a student while its outputs are uniform: a run that stays there has collapsed."""
         return uniform_losses(self.method, num_local_crops, masked_crop_ratio=1.0)
 
     def update_teacher(self, momentum: float) -> None:
-        """Move the student's average; the teacher itself is frozen. The centres keep following the teacher's outputs."""
-        move_average(self.average, self.student, momentum)
+        """Move the students' averages; the teacher itself is frozen. The centres keep following the teacher's outputs."""
+        for average, student in zip(self.averages, self.students, strict=True):
+            move_average(average, student, momentum)
         self.dino_targets.commit()
         self.ibot_targets.commit()
 

@@ -66,21 +66,26 @@ class TorchEngine:
         clip_grad: float,
         world: World,
         dtype: torch.dtype,
+        keep_gradients: bool = False,
     ) -> None:
+        """`submodules` are clipped one by one. keep_gradients leaves the clipped ones in place until the next backward."""
         self._submodules = dict(submodules)
         self._optimizer = optimizer
         self._clip_grad = clip_grad
         self._world = world
         self._dtype = dtype
+        self._keep_gradients = keep_gradients
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         return torch.autocast(self._world.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32)
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         for group in self._optimizer.param_groups:
-            yield from group["params"]
+            yield from (parameter for parameter in group["params"] if parameter.requires_grad)
 
     def backward(self, loss: Tensor) -> None:
+        if self._keep_gradients:
+            self._optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
 
     def clip_and_step(self) -> dict[str, float]:
@@ -91,7 +96,8 @@ class TorchEngine:
             norms[name] = float(nn.utils.clip_grad_norm_(module.parameters(), limit))
         if all(math.isfinite(norm) for norm in norms.values()):
             self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        if not self._keep_gradients:
+            self._optimizer.zero_grad(set_to_none=True)
         return norms
 
     def discard(self) -> None:
@@ -124,6 +130,25 @@ class TorchEngine:
         self._optimizer.load_state_dict({"state": state, "param_groups": self._optimizer.state_dict()["param_groups"]})
 
 
+def build_engine(
+    networks: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    *,
+    clip_grad: float,
+    world: World | None = None,
+    dtype: torch.dtype = torch.float32,
+    keep_gradients: bool = False,
+) -> TorchEngine:
+    """The engine of a method's networks; children are clipped one by one: `backbone`, `dino_head`, `small/backbone` ..."""
+    submodules = {
+        f"{name}/{child}" if name else child: module
+        for name, network in networks.items()
+        for child, module in network.named_children()
+    }
+    world = world or World()
+    return TorchEngine(submodules, optimizer, clip_grad=clip_grad, world=world, dtype=dtype, keep_gradients=keep_gradients)
+
+
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of forward passes: `auto` is bfloat16 on CUDA and float32 elsewhere."""
     if name == "auto":
@@ -131,13 +156,21 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
-def all_finite(values: Mapping[str, Tensor], world: World) -> list[str]:
-    """Names of values that are not finite on any rank: the same list on every rank."""
+def not_finite(values: Mapping[str, Tensor], world: World) -> list[str]:
+    """Names of values that are not finite, with the ranks where: the same list on every rank."""
     names = sorted(values)
-    bad = torch.stack([~torch.isfinite(values[name].detach()).all() for name in names]).to(torch.float32)
-    if world.size > 1:
-        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-    return [name for name, flag in zip(names, bad.tolist(), strict=True) if flag]
+    bad_V = torch.stack([~torch.isfinite(values[name].detach()).all() for name in names]).to(torch.float32)
+    if world.size == 1:
+        return [name for name, flag in zip(names, bad_V.tolist(), strict=True) if flag]
+    ranks = [torch.empty_like(bad_V) for _ in range(world.size)]
+    dist.all_gather(ranks, bad_V)
+    found = []
+    for name, flags in zip(names, torch.stack(ranks, 1).tolist(), strict=True):
+        where = [str(rank) for rank, flag in enumerate(flags) if flag]
+        if where:
+            shown = ", ".join(where[:4]) + (f" and {len(where) - 4} more" if len(where) > 4 else "")
+            found.append(f"{name} (rank {shown})")
+    return found
 
 
 def refuse_different_steps(step: int, world: World) -> None:

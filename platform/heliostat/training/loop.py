@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from heliostat.data.augment import normalise
 from heliostat.data.batch import Batch
@@ -20,16 +20,22 @@ from heliostat.errors import NonFiniteLossError
 from heliostat.models.weights import load_state
 from heliostat.storage import Store
 from heliostat.training.checkpoint import Checkpoint, newest_checkpoint, read_history, write_checkpoint
-from heliostat.training.diagnostics import feature_std, prototype_usage, rankme, teacher_entropy
+from heliostat.training.collapse import Sign, collapse_signs
+from heliostat.training.diagnostics import feature_std, kl_to_teacher, prototype_usage, rankme, teacher_entropy
 from heliostat.training.distillation import Distillation
-from heliostat.training.engine import Engine, World, all_finite, refuse_different_steps
-from heliostat.training.method import SelfDistillation, StudentOutputs, TeacherTargets
-from heliostat.training.param_groups import apply_step_values
-from heliostat.training.recipe import TrainingConfig
+from heliostat.training.engine import Engine, World, refuse_different_steps
+from heliostat.training.method import SelfDistillation
+from heliostat.training.recipe import PretrainConfig, TrainingConfig
 from heliostat.training.schedules import StepValues, step_values
+from heliostat.training.step import StepResult, train_step
 
-Method = SelfDistillation | Distillation
-Report = Callable[[Mapping[str, float], int], None]
+AnyMethod = SelfDistillation | Distillation
+
+
+class Report(Protocol):
+    """Receives the metrics of a step; `model` names the network where a run trains several."""
+
+    def __call__(self, metrics: Mapping[str, float], step: int, model: str = "") -> None: ...
 
 
 @dataclass
@@ -39,7 +45,8 @@ class LoopState:
     step: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    signs: frozenset[str] = frozenset()
     window_started: float = field(default_factory=time.perf_counter)
     window_images: int = 0
     window_wait_seconds: float = 0.0
@@ -49,7 +56,7 @@ class LoopState:
 class Trainer:
     """Everything a run needs; `fit` drives it."""
 
-    method: Method
+    method: AnyMethod
     optimizer: torch.optim.Optimizer
     engine: Engine
     loader: ImageLoader
@@ -65,7 +72,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed((seed * 1_000_003 + step) * 4_099 + rank)
 
 
-def fit(trainer: Trainer) -> list[dict[str, float]]:
+def fit(trainer: Trainer) -> list[dict[str, Any]]:
     """Train from the newest checkpoint to the last step; returns the metric records of the whole run.
 
     Raises NonFiniteLossError when the loss stays NaN or infinite; what the loader raises goes through.
@@ -83,121 +90,160 @@ def fit(trainer: Trainer) -> list[dict[str, float]]:
 
 
 def one_step(trainer: Trainer, state: LoopState, batch: Batch) -> None:
-    """Forward, backward, optimizer and teacher for one batch; a step whose loss or gradient is not finite is skipped."""
+    """Train on one batch; a step whose loss or gradient is not finite is skipped, or ends the run, as the recipe says."""
     config, world = trainer.config, trainer.world
     values = _values(trainer, state.step)
-    apply_step_values(trainer.optimizer.param_groups, values)
+    _freeze_backbones(trainer, state.step)
     seed_step(config.train.seed, state.step, world.rank)
     batch = normalise(batch.to(world.device), config.crops)
-    forward = _forward(trainer, batch, values)
-    bad = all_finite({**forward.losses, "total": forward.total}, world)
-    norms: dict[str, float] = {}
-    if not bad:
-        trainer.engine.backward(forward.total)
-        norms = trainer.engine.clip_and_step()
-        bad = [f"gradient of {name}" for name, norm in norms.items() if not math.isfinite(norm)]
-    if bad:
-        _skip(trainer, state, bad)
+    result = train_step(trainer.method, trainer.optimizer, trainer.engine, batch, values, world=world)
+    if result.not_finite:
+        _skip(trainer, state, result.not_finite)
     else:
-        trainer.method.update_teacher(values.momentum)
         state.skipped_in_a_row = 0
     state.step += 1
     state.window_images += config.train.global_batch_size
     if state.step % config.train.log_every_steps == 0 or state.step == config.train.steps:
-        numbers = _numbers(trainer.method.logged(forward.losses), values, norms)
-        _record(trainer, state, numbers | _diagnostics(forward))
+        _record(trainer, state, result, values)
+
+
+def _head_warmup_steps(config: TrainingConfig) -> int:
+    return config.init.head_warmup_steps if isinstance(config, PretrainConfig) else 0
 
 
 def _values(trainer: Trainer, step: int) -> StepValues:
     config = trainer.config
+    starts_from_weights = isinstance(config, PretrainConfig) and bool(config.init.weights)
     return step_values(
         step,
         optim=config.optim,
         teacher=config.method.teacher,
         total_steps=config.train.steps,
         global_batch_size=config.train.global_batch_size,
+        head_warmup_steps=_head_warmup_steps(config),
+        backbone_lr_mult=config.init.backbone_lr_mult if starts_from_weights else 1.0,  # type: ignore[attr-defined]
     )
 
 
-@dataclass(frozen=True)
-class _Forward:
-    """What a step computed before its gradients."""
-
-    teacher: TeacherTargets
-    student: StudentOutputs
-    losses: dict[str, Tensor]
-    total: Tensor
+def _freeze_backbones(trainer: Trainer, step: int) -> None:
+    """Backbones have no gradient while fresh heads warm up on them: neither time nor memory is spent on their backward pass."""
+    warmup = _head_warmup_steps(trainer.config)
+    if warmup:
+        for network in trainer.method.networks.values():
+            network.backbone.requires_grad_(step >= warmup)
 
 
-def _forward(trainer: Trainer, batch: Batch, values: StepValues) -> _Forward:
-    method = trainer.method
-    with trainer.engine.autocast():
-        teacher = method.teacher_targets(batch, values.teacher_temp)
-        student = method.student_outputs(batch)
-        losses = method.losses(student, teacher, batch)
-        return _Forward(teacher, student, losses, method.weighted_sum(losses))
+def _skip(trainer: Trainer, state: LoopState, bad: list[str]) -> None:
+    state.skipped_steps += 1
+    state.skipped_in_a_row += 1
+    train = trainer.config.train
+    where = f"step {state.step}: not finite: {', '.join(bad)}"
+    if train.nonfinite_policy == "abort":
+        raise NonFiniteLossError(
+            f"{where}; train.nonfinite_policy is abort, student and teacher are untouched; lower optim.lr or lengthen "
+            "optim.warmup_steps, or set the policy to skip"
+        )
+    if state.skipped_in_a_row > train.max_nonfinite_steps:
+        raise NonFiniteLossError(
+            f"{where}; {state.skipped_in_a_row} steps in a row, train.max_nonfinite_steps is {train.max_nonfinite_steps}; "
+            "lower optim.lr or lengthen optim.warmup_steps"
+        )
+    trainer.notify(f"{where}; the step is skipped, student and teacher are untouched")
 
 
-def _diagnostics(forward: _Forward) -> dict[str, float]:
-    """Signs of collapse on the main rank's images: what the teacher says, how far the student's images lie apart."""
-    targets_RK = forward.teacher.cls_GBK.flatten(0, 1)
-    features_BD = forward.student.global_cls_GBD[0].detach()
-    return {
-        "train/teacher_entropy": float(teacher_entropy(targets_RK)),
+def _model_numbers(trainer: Trainer, result: StepResult, model: str) -> dict[str, float]:
+    """Losses of one network beside their values at uniform output, gradient norms and signs of collapse, on this rank."""
+    prefix = f"{model}/" if model else ""
+    method, num_local_crops = trainer.method, trainer.config.crops.local_crops_number
+    own = {name.removeprefix(prefix): float(value) for name, value in result.logged.items() if name.startswith(prefix)}
+    norms = {name.removeprefix(prefix): norm for name, norm in result.gradient_norms.items() if name.startswith(prefix)}
+    at_uniform = method.uniform_losses(num_local_crops)
+    targets_RK, features_BD = result.teacher.cls_GBK.flatten(0, 1), result.features[model]
+    entropy = float(teacher_entropy(targets_RK))
+    numbers = {f"train/{'loss' if name == 'total' else name}": value for name, value in own.items()}
+    numbers |= {f"train/{name}_at_uniform": value for name, value in at_uniform.items() if name in own}
+    numbers |= {f"train/grad_norm_{name}": norm for name, norm in norms.items()}
+    numbers |= {"train/grad_norm": max(norms.values())} if norms else {}
+    return numbers | {
+        "train/teacher_entropy": entropy,
+        "train/teacher_entropy_at_uniform": math.log(method.method.dino.head_n_prototypes),
+        "train/kl_to_teacher": kl_to_teacher(own["dino_global"], entropy, num_local_crops),
         "train/prototype_usage": float(prototype_usage(targets_RK)),
         "train/feature_std": float(feature_std(features_BD)),
         "train/rankme": float(rankme(features_BD)),
     }
 
 
-def _skip(trainer: Trainer, state: LoopState, bad: list[str]) -> None:
-    trainer.engine.discard()
-    state.skipped_steps += 1
-    state.skipped_in_a_row += 1
-    where = f"step {state.step}: not finite: {', '.join(bad)}"
-    if state.skipped_in_a_row > trainer.config.train.max_nonfinite_steps:
-        raise NonFiniteLossError(
-            f"{where}; {state.skipped_in_a_row} steps in a row, train.max_nonfinite_steps is "
-            f"{trainer.config.train.max_nonfinite_steps}; lower optim.lr or lengthen optim.warmup_steps"
-        )
-    trainer.notify(f"{where}; the step is skipped, student and teacher are untouched")
+def _scheduled_numbers(values: StepValues) -> dict[str, float]:
+    return {
+        "train/lr": values.lr,
+        "train/backbone_lr": values.lr * values.backbone_lr_factor,
+        "train/weight_decay": values.weight_decay,
+        "train/teacher_momentum": values.momentum,
+        "train/teacher_temp": values.teacher_temp,
+    }
 
 
-def _numbers(logged: Mapping[str, Tensor], values: StepValues, norms: Mapping[str, float]) -> dict[str, float]:
-    numbers = {f"train/{'loss' if name == 'total' else name}": float(value) for name, value in logged.items()}
-    numbers["train/lr"] = values.lr
-    numbers["train/weight_decay"] = values.weight_decay
-    numbers["train/teacher_momentum"] = values.momentum
-    numbers["train/teacher_temp"] = values.teacher_temp
-    if norms:
-        numbers["train/grad_norm"] = max(norms.values())
-    return numbers
+def _warn(trainer: Trainer, state: LoopState, signs: Mapping[str, list[Sign]]) -> None:
+    """Say once what looks collapsed, and once more when it is over."""
+    now = frozenset(f"{model}/{sign.name}" for model, found in signs.items() for sign in found)
+    if trainer.world.is_main:
+        for model, found in signs.items():
+            for sign in found:
+                if f"{model}/{sign.name}" not in state.signs:
+                    trainer.notify(f"step {state.step}: {f'{model}: ' if model else ''}looks collapsed: {sign}")
+        if state.signs and not now:
+            trainer.notify(f"step {state.step}: no sign of collapse any more")
+    state.signs = now
 
 
-def _record(trainer: Trainer, state: LoopState, numbers: dict[str, float]) -> None:
+def _record(trainer: Trainer, state: LoopState, result: StepResult, values: StepValues) -> None:
     """Keep what is reproducible in the history; send that and the timings to the reporter."""
+    timings = _timings(trainer, state)
+    signs: dict[str, list[Sign]] = {}
+    for model in trainer.method.networks:
+        numbers = _model_numbers(trainer, result, model) | _scheduled_numbers(values)
+        prototypes = trainer.config.method.dino.head_n_prototypes
+        signs[model] = collapse_signs(numbers, num_prototypes=prototypes) if _is_warm(trainer.config, state.step) else []
+        numbers["train/collapse_signs"] = float(len(signs[model]))
+        numbers["train/skipped_steps"] = float(state.skipped_steps)
+        state.history.append({"step": state.step, **({"model": model} if model else {}), **numbers})
+        if trainer.world.is_main:
+            trainer.report({**numbers, **timings}, state.step, model)
+    _warn(trainer, state, signs)
+
+
+_FEWEST_STEPS = 100  # with LayerScale at 1e-5 features depend on the image only after some tens of steps
+
+
+def _is_warm(config: TrainingConfig, step: int) -> bool:
+    """Whether the warm-ups are over: before that a healthy run stands where a collapsed one stays."""
+    optim = config.optim
+    warmups = (optim.warmup_steps, optim.freeze_last_layer_steps, config.method.teacher.warmup_teacher_temp_steps)
+    return step > max(*warmups, _head_warmup_steps(config), _FEWEST_STEPS)
+
+
+def _timings(trainer: Trainer, state: LoopState) -> dict[str, float]:
+    """Speed of the steps since the last record; starts the next window."""
     statistics = trainer.loader.statistics()
     now = time.perf_counter()
     seconds = max(now - state.window_started, 1e-9)
-    numbers["train/skipped_steps"] = float(state.skipped_steps)
-    state.history.append({"step": state.step, **numbers})
     timings = {
         "train/images_per_second": state.window_images / seconds,
         "train/data_wait_ratio": min(1.0, (statistics.data_wait_seconds - state.window_wait_seconds) / seconds),
         "train/decode_failures": float(sum(statistics.decode_failures.values())),
         "train/step": float(state.step),
     }
-    if trainer.world.is_main:
-        trainer.report({**numbers, **timings}, state.step)
     state.window_started, state.window_images = now, 0
     state.window_wait_seconds = statistics.data_wait_seconds
+    return timings
 
 
 def _save(trainer: Trainer, state: LoopState) -> None:
     if trainer.world.is_main:
         checkpoint = Checkpoint(
             state.step,
-            dict(trainer.method.state_dict()),
+            {name: value for name, value in trainer.method.state_dict().items() if not _is_frozen(trainer.method, name)},
             trainer.engine.optimizer_tensors(),
             {"skipped_steps": state.skipped_steps, "skipped_in_a_row": state.skipped_in_a_row},
         )
@@ -205,12 +251,18 @@ def _save(trainer: Trainer, state: LoopState) -> None:
     state.history = []
 
 
+def _is_frozen(method: AnyMethod, name: str) -> bool:
+    """Whether a tensor never changes, like those of a distillation's teacher: checkpoints leave it out."""
+    return isinstance(method, Distillation) and name.startswith("teacher.")
+
+
 def _restore(trainer: Trainer) -> LoopState:
     checkpoint = newest_checkpoint(trainer.files, trainer.notify)
     refuse_different_steps(checkpoint.step if checkpoint else 0, trainer.world)
     if checkpoint is None:
         return LoopState()
-    load_state(trainer.method, checkpoint.model, f"checkpoint of step {checkpoint.step}")
+    frozen = {name: value for name, value in trainer.method.state_dict().items() if _is_frozen(trainer.method, name)}
+    load_state(trainer.method, {**frozen, **checkpoint.model}, f"checkpoint of step {checkpoint.step}")
     trainer.engine.load_optimizer_tensors(checkpoint.optimizer)
     if trainer.world.is_main:
         trainer.notify(f"resuming at step {checkpoint.step} of {trainer.config.train.steps}")

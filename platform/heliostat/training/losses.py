@@ -1,7 +1,7 @@
 """The losses of DINOv2 and the targets they compare with, in float32 whatever the precision of the networks.
 
 Losses take logits, not probabilities, and return unweighted scalars. Ranks are joined where the paper joins them: in
-Sinkhorn-Knopp and in the centre; KoLeo stays inside a rank.
+Sinkhorn-Knopp and in the centre; KoLeo stays inside a rank unless it is told to look further.
 """
 
 import math
@@ -166,19 +166,41 @@ def ibot_loss(student_MK: Tensor, targets_MK: Tensor, weights_M: Tensor, *, num_
     return (soft_cross_entropy(student_MK, targets_MK, student_temp) * weights_M).sum() / num_crops
 
 
-def koleo_loss(cls_BD: Tensor) -> Tensor:
+class _RowsOfAllRanks(torch.autograd.Function):
+    """Rows of every rank, in rank order; the gradient of a row comes back to its rank summed over the ranks that used it."""
+
+    @staticmethod
+    def forward(context: Any, rows_BD: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows_BD) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows_BD.contiguous())
+        context.first, context.num_rows = dist.get_rank() * len(rows_BD), len(rows_BD)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(context: Any, gradient_RD: Tensor) -> Tensor:
+        summed_RD = gradient_RD.contiguous().clone()
+        dist.all_reduce(summed_RD)
+        return summed_RD[context.first : context.first + context.num_rows]
+
+
+def koleo_loss(cls_BD: Tensor, *, distributed: bool = False) -> Tensor:
     """Differential-entropy regulariser: mean of -log(distance to the nearest neighbour) on the unit sphere (arXiv 1806.03198).
 
-    Within one rank, in float32 also under autocast, so two identical embeddings give a large finite loss (in float16 they give
-    infinity). One image has no neighbour: the loss is 0.
+    In float32 whatever the dtype of cls_BD, also under autocast, so two identical embeddings give a large finite loss (in
+    float16 they give infinity). Neighbours are the rank's own images (DINOv2), or with `distributed` those of all ranks: the
+    mean over ranks then is the loss of the joined batch, and so is its gradient. Every rank must call that with the same B.
+    Where there is no other image the loss is 0.
     """
-    if cls_BD.shape[0] < 2:
-        return cls_BD.float().sum() * 0
     eps = 1e-8  # DINOv2's, for the norm, inside the distance and inside the logarithm
     with torch.autocast(cls_BD.device.type, enabled=False):
         unit_BD = functional.normalize(cls_BD.float(), dim=-1, eps=eps)
+        joined = distributed and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        all_RD: Tensor = _RowsOfAllRanks.apply(unit_BD) if joined else unit_BD  # type: ignore[no-untyped-call]
+        if len(all_RD) < 2:
+            return unit_BD.sum() * 0
         with torch.no_grad():
-            similarity_BB = unit_BD @ unit_BD.T
-            nearest_B = similarity_BB.fill_diagonal_(-1).argmax(dim=1)
-        distance_B = functional.pairwise_distance(unit_BD, unit_BD[nearest_B], p=2, eps=eps)
+            similarity_BR = unit_BD @ all_RD.T
+            similarity_BR.diagonal(dist.get_rank() * len(unit_BD) if joined else 0).fill_(-1)
+            nearest_B = similarity_BR.argmax(dim=1)
+        distance_B = functional.pairwise_distance(unit_BD, all_RD[nearest_B], p=2, eps=eps)
         return -(distance_B + eps).log().mean()

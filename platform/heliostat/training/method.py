@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,47 @@ def masked_rows(masks_CN: Tensor) -> Tensor:
     return masks_CN.flatten().nonzero().flatten()
 
 
+class Method(Protocol):
+    """What a training step asks of a method: one or several networks learn from the targets of one teacher.
+
+    Networks go by name, the only one is called "". Loss names of several networks begin with `<name>/`.
+    """
+
+    method: MethodConfig
+
+    @property
+    def networks(self) -> dict[str, Network]:
+        """The networks that are trained."""
+
+    @property
+    def results(self) -> dict[str, Network]:
+        """The networks that a run leaves behind: moving averages of the trained ones."""
+
+    def teacher_targets(self, batch: Batch, teacher_temp: float) -> TeacherTargets:
+        """Distributions to learn, without gradient."""
+
+    def student_outputs(self, batch: Batch) -> Any:
+        """What the trained networks say about the batch."""
+
+    def losses(self, student: Any, teacher: TeacherTargets, batch: Batch) -> dict[str, Tensor]:
+        """Unweighted losses by name."""
+
+    def features(self, student: Any) -> dict[str, Tensor]:
+        """Cls tokens (B, D) of the first global crops before the head, by network, without gradient."""
+
+    def weighted_sum(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """The scalar to backpropagate."""
+
+    def logged(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Losses as they are shown."""
+
+    def uniform_losses(self, num_local_crops: int) -> dict[str, float]:
+        """What `logged` shows of one network while its outputs are uniform."""
+
+    def update_teacher(self, momentum: float) -> None:
+        """Move averages and centres after the optimizer's step."""
+
+
 class SelfDistillation(nn.Module):
     """Student and teacher of pre-training. State keys are `student.*`, `teacher.*` and, with centering, the centres."""
 
@@ -81,9 +123,14 @@ class SelfDistillation(nn.Module):
         self.ibot_targets = TargetAssignment(method.ibot_head.out_dim, method.centering)
 
     @property
-    def final_backbone(self) -> VisionTransformer:
-        """The backbone that a run leaves behind: the teacher's."""
-        return self.teacher.backbone
+    def networks(self) -> dict[str, Network]:
+        """The student."""
+        return {"": self.student}
+
+    @property
+    def results(self) -> dict[str, Network]:
+        """The teacher."""
+        return {"": self.teacher}
 
     def forward(self, batch: Batch, teacher_temp: float) -> dict[str, Tensor]:
         """The losses of a batch; wrappers such as DistributedDataParallel hook into this call."""
@@ -108,6 +155,10 @@ class SelfDistillation(nn.Module):
     def losses(self, student: StudentOutputs, teacher: TeacherTargets, batch: Batch) -> dict[str, Tensor]:
         """Unweighted losses by name; see `compare`."""
         return compare(student, teacher, batch.masks, self.method)
+
+    def features(self, student: StudentOutputs) -> dict[str, Tensor]:
+        """Student cls tokens (B, D) of the first global crops."""
+        return {"": student.global_cls_GBD[0].detach()}
 
     def weighted_sum(self, losses: Mapping[str, Tensor]) -> Tensor:
         """The scalar to backpropagate."""
@@ -173,7 +224,8 @@ def compare(student: StudentOutputs, teacher: TeacherTargets, masks_CN: Tensor, 
         losses["ibot"] = ibot_loss(student.patches_MK, teacher.patches_MK, weights_M, num_crops=num_crops, student_temp=temp)
     if method.dino.koleo_loss_weight > 0:
         first_BD, second_BD = student.global_cls_GBD
-        losses["koleo"] = koleo_loss(first_BD) + koleo_loss(second_BD)
+        far = method.dino.koleo_loss_distributed
+        losses["koleo"] = koleo_loss(first_BD, distributed=far) + koleo_loss(second_BD, distributed=far)
     return losses
 
 
@@ -189,9 +241,9 @@ def loss_weights(method: MethodConfig) -> dict[str, float]:
 
 
 def weighted_sum(losses: Mapping[str, Tensor], method: MethodConfig) -> Tensor:
-    """Sum of the losses times their weights."""
+    """Sum of the losses times their weights; a prefix `<network>/` of a name does not matter."""
     weights = loss_weights(method)
-    return torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
+    return torch.stack([weights[name.rpartition("/")[2]] * loss for name, loss in losses.items()]).sum()
 
 
 def logged(losses: Mapping[str, Tensor], method: MethodConfig) -> dict[str, Tensor]:

@@ -1,14 +1,17 @@
 """The sections `pretrain` and `distill` of a recipe."""
 
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
-from heliostat.config import StrictModel
+from heliostat.config import StrictModel, apply_overrides, validate
 from heliostat.data.config import CropsConfig, DecodeConfig, LoaderConfig
+from heliostat.errors import ConfigError
 from heliostat.models.config import BackboneConfig
 from heliostat.training.config import MethodConfig, OptimConfig
 from heliostat.training.schedules import check_schedules
+
+Suffix = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 
 
 class ScalingConfig(StrictModel):
@@ -47,8 +50,52 @@ class TrainConfig(StrictModel):
     """Steps between checkpoints: what a lost worker costs at most."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Newest checkpoints that are kept while the run goes on."""
+    nonfinite_policy: Literal["skip", "abort"] = "skip"
+    """What a NaN or infinite loss or gradient does: skip throws the step away before optimizer and teacher are touched,
+    abort ends the run there, with the newest checkpoint to go on from."""
     max_nonfinite_steps: int = Field(default=10, ge=0)
-    """Steps in a row whose loss may be NaN or infinite: each is skipped and counted, one more aborts the run."""
+    """Steps in a row that skip may throw away; one more aborts the run."""
+
+
+class InitConfig(StrictModel):
+    """Weights to go on from, instead of random ones."""
+
+    weights: str = ""
+    """model/name@version, or a file or folder of public weights: DINOv2's .pth, Hugging Face, timm, safetensors; empty starts
+    from random weights. The position embedding is resized to student.img_size once."""
+    heads: Literal["auto", "fresh"] = "auto"
+    """auto takes the heads that come with the weights and draws fresh ones where none do; fresh always draws them."""
+    head_warmup_steps: int = Field(default=0, ge=0)
+    """First steps, in which the backbone is frozen and only the heads learn; set it whenever the heads are fresh."""
+    backbone_lr_mult: float = Field(default=0.1, gt=0)
+    """Factor on the backbone's learning rate after that, so that trained weights move slowly (assumption, not studied)."""
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> Self:
+        if self.head_warmup_steps and not self.weights:
+            raise ValueError(
+                f"head_warmup_steps {self.head_warmup_steps} needs init.weights; random backbones cannot be frozen"
+            )
+        return self
+
+
+class PhaseConfig(StrictModel):
+    """A further phase of the same training, at another resolution (appendix B.2 of arXiv 2304.07193: 10,000 steps at 518)."""
+
+    name: Suffix
+    """Suffix of the phase's artifact: model/<recipe>-<name>."""
+    steps: int = Field(ge=1)
+    """Optimizer steps of the phase; every schedule and warm-up is compressed into them."""
+    global_crops_size: int = Field(ge=8)
+    """Side of the global crops in pixels; the position embedding is resized to it once, before the first step."""
+    local_crops_size: int = Field(default=0, ge=0)
+    """Side of the local crops in pixels; 0 keeps that of the section."""
+    lr: float = Field(default=0.0, ge=0)
+    """Base learning rate; 0 keeps that of the section (the paper lowers it and does not say how far)."""
+    global_batch_size: int = Field(default=0, ge=0)
+    """Images per optimizer step; 0 keeps that of the section."""
+    overrides: tuple[str, ...] = ()
+    """Further changes to the section as `key.path=value`, for example `scaling.num_workers=64`."""
 
 
 class TrainingConfig(StrictModel):
@@ -70,6 +117,13 @@ class TrainingConfig(StrictModel):
     """Length, batch, seed, records."""
     scaling: ScalingConfig = ScalingConfig()
     """Workers and their resources; not part of the artifact's fingerprint."""
+    phases: tuple[PhaseConfig, ...] = ()
+    """Further phases, each from the weights of the one before and an artifact of its own."""
+
+    @property
+    def backbones(self) -> dict[str, BackboneConfig]:
+        """The backbones that are trained, by name; the only one is called ""."""
+        return {"": self.student}
 
     @model_validator(mode="after")
     def _check_batch(self) -> Self:
@@ -82,13 +136,14 @@ class TrainingConfig(StrictModel):
 
     @model_validator(mode="after")
     def _check_crops(self) -> Self:
-        patch = self.student.patch_size
-        for name in ("global_crops_size", "local_crops_size"):
-            size = getattr(self.crops, name)
-            if size % patch:
-                lower = size // patch * patch
-                advice = " or ".join(str(value) for value in (lower, lower + patch) if value)
-                raise ValueError(f"crops.{name} {size} is not divisible by student.patch_size {patch}; use {advice}")
+        for backbone in self.backbones.values():
+            patch = backbone.patch_size
+            for name in ("global_crops_size", "local_crops_size"):
+                size = getattr(self.crops, name)
+                if size % patch:
+                    lower = size // patch * patch
+                    advice = " or ".join(str(value) for value in (lower, lower + patch) if value)
+                    raise ValueError(f"crops.{name} {size} is not divisible by student.patch_size {patch}; use {advice}")
         return self
 
     @model_validator(mode="after")
@@ -96,19 +151,99 @@ class TrainingConfig(StrictModel):
         check_schedules(self.optim, self.method.teacher, self.train.steps)
         return self
 
+    @model_validator(mode="after")
+    def _check_phases(self) -> Self:
+        names = [phase.name for phase in self.phases]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"phases: {twice[0]} is there twice; give each phase a name of its own")
+        for phase in self.phases:
+            try:
+                phase_config(self, phase)
+            except ConfigError as error:
+                raise ValueError(str(error)) from error
+        return self
+
 
 class PretrainConfig(TrainingConfig):
-    """Self-supervised training of a backbone from scratch."""
+    """Self-supervised training of a backbone, from scratch or from given weights."""
 
     data: str = ""
     """Artifact of images as curated/name@version or raw/name@version; empty takes the recipe's own. Without a recipe
     (`heliostat pretrain data=./photos`) it is a folder or an `s3://` prefix of images."""
+    init: InitConfig = InitConfig()
+    """Weights to go on from."""
+
+    @model_validator(mode="after")
+    def _check_init(self) -> Self:
+        if self.init.head_warmup_steps > self.train.steps:
+            raise ValueError(
+                f"init.head_warmup_steps {self.init.head_warmup_steps} exceeds the run of {self.train.steps} steps; "
+                f"use at most {self.train.steps} (then only heads are trained)"
+            )
+        return self
 
 
 class DistillConfig(TrainingConfig):
-    """Training a student against a frozen teacher."""
+    """Training one student, or several, against one frozen teacher."""
 
     data: str = ""
     """As in pretrain."""
     teacher: str = ""
-    """Artifact of the frozen teacher as model/name@version; empty takes the recipe's own pre-trained model."""
+    """The frozen teacher: model/name@version, or a file or folder of public weights; empty takes the recipe's own model."""
+    teacher_head_steps: int = Field(default=0, ge=0)
+    """Steps that train heads on a teacher whose weights come without any (its backbone stays as it is): becomes
+    model/<recipe>-teacher. The losses compare prototypes, so a teacher without heads cannot teach."""
+    students: dict[Suffix, BackboneConfig] = Field(default_factory=dict)
+    """Several students that share one teacher forward, by name: become model/<recipe>-<name>. Leave `student` out then."""
+    compare_with_scratch: bool = False
+    """Also train each student without the teacher for the same steps, as model/<recipe>-<student>-scratch, for the report."""
+
+    @property
+    def backbones(self) -> dict[str, BackboneConfig]:
+        """The students by name; the only one is called ""."""
+        return dict(self.students) or {"": self.student}
+
+    @model_validator(mode="after")
+    def _check_students(self) -> Self:
+        if self.students and self.student != BackboneConfig():
+            raise ValueError(f"student and students ({', '.join(self.students)}) are both given; keep one of them")
+        sizes = {name: backbone.patch_size for name, backbone in self.backbones.items()}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"students have patch sizes {sizes}; they share one teacher and its patches, use one size")
+        return self
+
+
+Section = TypeVar("Section", bound=TrainingConfig)
+
+_WARMUPS = (
+    ("optim", "warmup_steps"),
+    ("optim", "freeze_last_layer_steps"),
+    ("teacher", "warmup_teacher_temp_steps"),
+)
+
+
+def compressed(plain: dict[str, Any], steps_before: int, steps: int) -> dict[str, Any]:
+    """A training section as plain values, shortened: its steps, and every warm-up in proportion. Changes `plain`."""
+    for section, key in _WARMUPS:
+        holder = plain["method"]["teacher"] if section == "teacher" else plain[section]
+        holder[key] = min(round(holder[key] * steps / steps_before), steps - 1)
+    plain["train"]["steps"] = steps
+    return plain
+
+
+def phase_config(base: Section, phase: PhaseConfig) -> Section:
+    """The section of one phase: other crops, steps and learning rate, warm-ups shortened in proportion, no phases of its own.
+
+    Raises ConfigError when the result is impossible, naming the phase.
+    """
+    plain = compressed(base.model_dump(mode="json") | {"phases": []}, base.train.steps, phase.steps)
+    for backbone in plain.get("students", {}).values() or [plain["student"]]:
+        backbone["img_size"] = phase.global_crops_size
+    plain["crops"] |= {"global_crops_size": phase.global_crops_size}
+    plain["crops"] |= {"local_crops_size": phase.local_crops_size} if phase.local_crops_size else {}
+    plain["train"] |= {"global_batch_size": phase.global_batch_size} if phase.global_batch_size else {}
+    plain["optim"] |= {"lr": phase.lr} if phase.lr else {}
+    if "init" in plain:
+        plain["init"] = InitConfig().model_dump(mode="json")
+    return validate(type(base), apply_overrides(plain, phase.overrides), f"phase {phase.name}")

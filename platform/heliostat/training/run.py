@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -11,44 +11,61 @@ from torch import Tensor
 
 from heliostat.data.loader import ImageLoader
 from heliostat.data.masking import MaskSettings
+from heliostat.models.config import BackboneConfig
 from heliostat.models.stored import ModelInfo, model_files
 from heliostat.storage import Store
 from heliostat.training.distillation import Distillation
-from heliostat.training.engine import TorchEngine, World, compute_dtype
-from heliostat.training.loop import Method, Report, Trainer, fit
+from heliostat.training.engine import World, build_engine, compute_dtype
+from heliostat.training.loop import AnyMethod, Report, Trainer, fit
 from heliostat.training.method import SelfDistillation
-from heliostat.training.param_groups import build_param_groups
+from heliostat.training.param_groups import build_optimizer
 from heliostat.training.recipe import TrainingConfig
+from heliostat.training.start import StartingWeights, start_network, start_targets
 
 Read = Callable[[str, int, int], bytes]
 
 
 @dataclass(frozen=True)
 class FrozenTeacher:
-    """The teacher of a distillation: its description and the state of its network (backbone and heads)."""
+    """The teacher of a distillation: its architecture and the state of its network (`teacher.*` and centres)."""
 
-    info: ModelInfo
+    backbone: BackboneConfig
     state: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """What every rank of one run gets; can be pickled."""
+    """What every rank of one run gets; can be pickled.
+
+    files takes checkpoints, and the model's files unless `outputs` has a store for each network by name. start holds weights
+    to begin with, by network, already fitted to their backbones.
+    """
 
     config: TrainingConfig
     manifest: pa.Table
     read: Read
     files: Store
     teacher: FrozenTeacher | None = None
+    start: Mapping[str, StartingWeights] = field(default_factory=dict)
+    outputs: Mapping[str, Store] = field(default_factory=dict)
 
 
-def build_method(config: TrainingConfig, teacher: FrozenTeacher | None) -> Method:
-    """Pre-training, or distillation when there is a teacher. Weights are drawn from `train.seed`."""
+def build_method(
+    config: TrainingConfig, teacher: FrozenTeacher | None, start: Mapping[str, StartingWeights] | None = None
+) -> AnyMethod:
+    """Pre-training, or distillation when there is a teacher. Weights are drawn from `train.seed`, then `start` is laid over."""
     torch.manual_seed(config.train.seed)
+    method: AnyMethod
     if teacher is None:
-        return SelfDistillation(config.student, config.method)
-    method = Distillation(teacher=teacher.info.backbone, student=config.student, method=config.method)
-    method.load_teacher(teacher.state)
+        method = SelfDistillation(config.student, config.method)
+    else:
+        method = Distillation(teacher=teacher.backbone, students=config.backbones, method=config.method)
+        method.load_teacher(teacher.state)
+    for name, weights in (start or {}).items():
+        start_network(method.networks[name], weights)
+        method.results[name].load_state_dict(method.networks[name].state_dict())
+        if teacher is None:
+            start_targets({"dino_targets": method.dino_targets, "ibot_targets": method.ibot_targets}, weights)
     return method
 
 
@@ -56,23 +73,18 @@ def build_trainer(job: TrainingJob, world: World, report: Report, notify: Callab
     """Wire one rank's trainer together."""
     config = job.config
     torch.set_num_threads(config.scaling.threads_per_worker)
-    method = build_method(config, job.teacher).to(world.device)
-    groups = build_param_groups(method.student, config.student.depth, config.optim)
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(config.optim.adamw_beta1, config.optim.adamw_beta2))
-    engine = TorchEngine(
-        dict(method.student.named_children()),
-        optimizer,
-        clip_grad=config.optim.clip_grad,
-        world=world,
-        dtype=compute_dtype(config.train.compute_dtype, world.device),
-    )
+    method = build_method(config, job.teacher, job.start).to(world.device)
+    optimizer = build_optimizer(method.networks, config.optim)
+    dtype = compute_dtype(config.train.compute_dtype, world.device)
+    engine = build_engine(method.networks, optimizer, clip_grad=config.optim.clip_grad, world=world, dtype=dtype)
+    patch_size = next(iter(config.backbones.values())).patch_size
     loader = ImageLoader(
         job.manifest,
         job.read,
         crops=config.crops,
         loader=config.loader,
         masks=MaskSettings(
-            patch_size=config.student.patch_size,
+            patch_size=patch_size,
             mask_ratio_min_max=config.method.ibot.mask_ratio_min_max,
             mask_sample_probability=config.method.ibot.mask_sample_probability,
         ),
@@ -86,26 +98,28 @@ def build_trainer(job: TrainingJob, world: World, report: Report, notify: Callab
 
 
 def run_training(job: TrainingJob, world: World, report: Report, notify: Callable[[str], None]) -> dict[str, Any]:
-    """Train one rank to the end. The main rank writes the model's files; returns a small summary."""
+    """Train one rank to the end. The main rank writes every model's files; returns a small summary, metrics by network."""
     trainer = build_trainer(job, world, report, notify)
     history = fit(trainer)
     if not world.is_main:
         return {}
-    text = "".join(json.dumps(row, sort_keys=True) + "\n" for row in history).encode()
-    for key, data in model_files(_info(job.config), _final_state(trainer.method), text).items():
-        job.files.put(key, data)
-    last = {name: value for name, value in history[-1].items() if name != "step"} if history else {}
-    return {
-        "steps": job.config.train.steps,
-        "metrics": last,
-        "decode_failures": sum(trainer.loader.statistics().decode_failures.values()),
-    }
+    metrics: dict[str, dict[str, float]] = {}
+    for name, network in trainer.method.results.items():
+        rows = [{key: value for key, value in row.items() if key != "model"} for row in history if row.get("model", "") == name]
+        text = "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows).encode()
+        files = job.outputs.get(name, job.files)
+        state = {**network.state_dict(), **_targets(trainer.method)}
+        for key, data in model_files(_info(job.config, job.config.backbones[name]), state, text).items():
+            files.put(key, data)
+        metrics[name] = {key: value for key, value in rows[-1].items() if key != "step"} if rows else {}
+    failures = sum(trainer.loader.statistics().decode_failures.values())
+    return {"steps": job.config.train.steps, "metrics": metrics, "decode_failures": failures}
 
 
-def _info(config: TrainingConfig) -> ModelInfo:
+def _info(config: TrainingConfig, backbone: BackboneConfig) -> ModelInfo:
     has_own_head = config.method.ibot.separate_head and config.method.ibot.loss_weight > 0
     return ModelInfo(
-        backbone=config.student,
+        backbone=backbone,
         dino_head=config.method.dino.head,
         ibot_head=config.method.ibot.head if has_own_head else None,
         mean=config.crops.mean,
@@ -116,8 +130,6 @@ def _info(config: TrainingConfig) -> ModelInfo:
     )
 
 
-def _final_state(method: Method) -> dict[str, Tensor]:
-    """The final network and the centres of its targets."""
-    network = method.average if isinstance(method, Distillation) else method.teacher
-    targets = {key: value for key, value in method.state_dict().items() if key.partition(".")[0].endswith("_targets")}
-    return {**network.state_dict(), **targets}
+def _targets(method: AnyMethod) -> dict[str, Tensor]:
+    """The centres of the targets."""
+    return {key: value for key, value in method.state_dict().items() if key.partition(".")[0].endswith("_targets")}

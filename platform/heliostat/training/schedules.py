@@ -9,13 +9,17 @@ from heliostat.training.config import OptimConfig, TeacherConfig
 
 @dataclass(frozen=True)
 class StepValues:
-    """Scheduled values of one step; last_layer_lr is the learning rate of the prototypes."""
+    """Scheduled values of one step.
+
+    last_layer_lr is the learning rate of the prototypes; backbone_lr_factor is 1 unless a run starts from given weights.
+    """
 
     lr: float
     last_layer_lr: float
     weight_decay: float
     momentum: float
     teacher_temp: float
+    backbone_lr_factor: float = 1.0
 
 
 def linear_warmup(step: int, *, start: float, end: float, num_steps: int) -> float:
@@ -44,6 +48,19 @@ def learning_rate(step: int, optim: OptimConfig, *, total_steps: int, global_bat
     return cosine(after, start=peak, end=optim.min_lr, num_steps=total_steps - optim.warmup_steps)
 
 
+def backbone_factor(step: int, optim: OptimConfig, *, head_warmup_steps: int, lr_mult: float) -> float:
+    """Factor on the learning rate for a backbone that starts from given weights.
+
+    0 while the heads warm up, then a line of warmup_steps steps from 0 to lr_mult, so that it is never hit by a full step.
+    Without a head warm-up the learning rate's own warm-up is that line.
+    """
+    if head_warmup_steps == 0:
+        return lr_mult
+    if step < head_warmup_steps:
+        return 0.0
+    return lr_mult * min(1.0, (step - head_warmup_steps) / max(optim.warmup_steps, 1))
+
+
 def teacher_temperature(step: int, teacher: TeacherConfig) -> float:
     """Linear from warmup_teacher_temp to teacher_temp, then constant."""
     num_steps = teacher.warmup_teacher_temp_steps
@@ -53,9 +70,16 @@ def teacher_temperature(step: int, teacher: TeacherConfig) -> float:
 
 
 def step_values(
-    step: int, *, optim: OptimConfig, teacher: TeacherConfig, total_steps: int, global_batch_size: int
+    step: int,
+    *,
+    optim: OptimConfig,
+    teacher: TeacherConfig,
+    total_steps: int,
+    global_batch_size: int,
+    head_warmup_steps: int = 0,
+    backbone_lr_mult: float = 1.0,
 ) -> StepValues:
-    """All scheduled values of a step, counted from 0."""
+    """All scheduled values of a step, counted from 0; the last two arguments are for runs that start from given weights."""
     lr = learning_rate(step, optim, total_steps=total_steps, global_batch_size=global_batch_size)
     return StepValues(
         lr=lr,
@@ -63,6 +87,7 @@ def step_values(
         weight_decay=cosine(step, start=optim.weight_decay, end=optim.weight_decay_end, num_steps=total_steps),
         momentum=cosine(step, start=teacher.momentum_teacher, end=teacher.final_momentum_teacher, num_steps=total_steps),
         teacher_temp=teacher_temperature(step, teacher),
+        backbone_lr_factor=backbone_factor(step, optim, head_warmup_steps=head_warmup_steps, lr_mult=backbone_lr_mult),
     )
 
 

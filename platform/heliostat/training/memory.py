@@ -1,0 +1,197 @@
+"""Memory of one worker at the fullest moment of a training step, counted from configurations alone (no torch).
+
+What autograd keeps was counted in models/blocks.py, models/heads.py and training/losses.py and is written below as multiples of
+the width of a token; tests/training/test_memory.py measures real steps and fails when the code keeps something else.
+"""
+
+from dataclasses import dataclass
+
+from heliostat.models.config import BackboneConfig
+from heliostat.training.config import MethodConfig
+from heliostat.training.costs import heads, masked_ratio, num_parameters
+from heliostat.training.recipe import TrainingConfig
+
+GIB = 2.0**30
+
+_FLOAT32, _BFLOAT16 = 4, 2  # bytes
+
+# Kept per token of one block, in widths D. "Cast" values have the compute dtype, the others are float32.
+_NORM_INPUTS = 2
+_CAST_LINEAR_INPUTS = 2  # of qkv and of the first feed-forward linear
+_CAST_ATTENTION = 5  # query, key, value, output, and the output joined over the crop groups for proj
+_CAST_BRANCHES = 2  # what LayerScale multiplies, attention and feed-forward
+_SUBSET_BRANCHES = 2  # with stochastic depth: index_add keeps its scaled source
+_SUBSET_PLACES = 24  # bytes: with stochastic depth, the row and the factor of a token, twice
+# Kept per token of the feed-forward layer, in hidden widths.
+_CAST_HIDDEN = {"mlp": 2, "swiglufused": 4}  # input and output of GELU; gate, value, silu(gate) and their product
+
+# Bytes per logit (row times prototype): gradients of log-softmax and of its input, float32, side by side. With them the losses
+# take 18 a logit; the teacher's targets take 18 (Sinkhorn-Knopp) or 14 before any activation is there, so never more.
+_LOSS_BACKWARD = 8
+
+# Assumptions, not studied: CUDA context, cuBLAS and NCCL buffers; blocks that the caching allocator cannot reuse.
+_CONTEXT_BYTES = 1.5 * GIB
+_ALLOCATOR_SLACK = 0.08
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that one worker holds at the fullest moment of a step."""
+
+    state: dict[str, float]
+    """Held all the time, by name: weights, gradients, moments, averages."""
+    step: dict[str, float]
+    """Held at the fullest moment in addition, by name; grows with the images per worker."""
+    reserve: float
+    """Context and allocator on a GPU; 0 on a CPU."""
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(self.state.values()) + sum(self.step.values()) + self.reserve
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows that go through the heads of one network: cls tokens and patch tokens."""
+
+    cls: int
+    patches: int
+
+
+def training_memory(config: TrainingConfig, teacher: BackboneConfig | None, images_per_worker: int) -> Memory:
+    """Memory of one worker. `teacher` is the frozen teacher of a distillation, None in pre-training.
+
+    Weights, gradients, moments and averages are whole on every worker, as `TorchEngine` keeps them.
+    """
+    state, held = _state_bytes(config, teacher), held_for_backward(config, teacher, images_per_worker)
+    after_losses = {name: size for name, size in held.items() if name not in ("heads", "log-softmax")}
+    moments = [
+        held | {"gradients of logits": _loss_gradients(config, teacher, images_per_worker)},
+        after_losses | {"gradients inside a block": _block_gradients(config, teacher, images_per_worker)},
+        {"optimizer temporaries": state["weights"]},  # gradients in one flat buffer, then AdamW's square roots
+    ]
+    fullest = max(moments, key=lambda moment: sum(moment.values()))
+    step = {**fullest, "crops in float32": 3.0 * _FLOAT32 * images_per_worker * _pixels_per_image(config)}
+    used = sum(state.values()) + sum(step.values())
+    return Memory(state, step, _CONTEXT_BYTES + _ALLOCATOR_SLACK * used if config.scaling.use_gpu else 0.0)
+
+
+def held_for_backward(config: TrainingConfig, teacher: BackboneConfig | None, images_per_worker: int) -> dict[str, float]:
+    """Bytes by name that stay between the forward and the backward pass: saved by autograd, or results of the step."""
+    method, backbones, element = config.method, config.backbones.values(), _element_bytes(config)
+    rows = _rows(config, teacher, images_per_worker)
+    logits = len(backbones) * float(rows.cls * method.dino.head.out_dim + rows.patches * method.ibot_head.out_dim)
+    # Targets: both global crops as the teacher gives them, then for each student swapped and summed over the crops.
+    cls_targets = (2.0 + 3.0 * len(backbones)) * images_per_worker * method.dino.head.out_dim
+    return {
+        "activations": sum(_backbone_activations(one, config, teacher, images_per_worker) for one in backbones),
+        "heads": sum(_head_activations(one, method, rows, element) for one in backbones),
+        "student's logits": element * logits,
+        "log-softmax": _FLOAT32 * logits,
+        "targets": _FLOAT32 * (cls_targets + rows.patches * method.ibot_head.out_dim),
+        "copies of weights": sum(_weight_copies(one, method, element) for one in backbones),
+    }
+
+
+def _element_bytes(config: TrainingConfig) -> int:
+    name = config.train.compute_dtype
+    if name == "auto":
+        name = "bfloat16" if config.scaling.use_gpu else "float32"
+    return _BFLOAT16 if name == "bfloat16" else _FLOAT32
+
+
+def _pixels_per_image(config: TrainingConfig) -> int:
+    crops = config.crops
+    return 2 * crops.global_crops_size**2 + crops.local_crops_number * crops.local_crops_size**2
+
+
+def _state_bytes(config: TrainingConfig, teacher: BackboneConfig | None) -> dict[str, float]:
+    # A sharded engine divides entries of this table by its number of shards.
+    trained = _FLOAT32 * float(sum(sum(num_parameters(one, config.method)) for one in config.backbones.values()))
+    state = {"weights": trained, "gradients": trained, "AdamW moments": 2 * trained, "moving average": trained}
+    if teacher is not None:
+        state["frozen teacher"] = _FLOAT32 * float(sum(num_parameters(teacher, config.method)))
+    return state
+
+
+def _rows(config: TrainingConfig, teacher: BackboneConfig | None, num_images: int) -> _Rows:
+    """Rows of the student. Masked patches are an expectation; a batch differs from it by its draw."""
+    patch, crops = next(iter(config.backbones.values())).patch_size, config.crops
+    patches = 2 * num_images * (crops.global_crops_size // patch) ** 2
+    share = masked_ratio(config, distills=teacher is not None)
+    return _Rows((2 + crops.local_crops_number) * num_images, round(share * patches))
+
+
+def _loss_gradients(config: TrainingConfig, teacher: BackboneConfig | None, num_images: int) -> float:
+    method, rows = config.method, _rows(config, teacher, num_images)
+    return _LOSS_BACKWARD * float(max(rows.cls * method.dino.head.out_dim, rows.patches * method.ibot_head.out_dim))
+
+
+def _block_gradients(config: TrainingConfig, teacher: BackboneConfig | None, num_images: int) -> float:
+    """Of the residual stream and of what is added to it, and before and after the activation of the feed-forward layer."""
+    sizes = []
+    for backbone in config.backbones.values():
+        tokens, kept = _tokens(backbone, config, teacher, num_images)
+        hidden = _element_bytes(config) * backbone.mlp_hidden_dim * _CAST_HIDDEN[backbone.ffn_layer]
+        sizes.append(2.0 * _FLOAT32 * backbone.embed_dim * tokens + float(hidden) * kept)
+    return max(sizes)
+
+
+def _tokens(
+    backbone: BackboneConfig, config: TrainingConfig, teacher: BackboneConfig | None, num_images: int
+) -> tuple[int, int]:
+    """Tokens of all crops, and those that each residual branch is computed for; distillation has no stochastic depth."""
+    crops, extra = config.crops, 1 + backbone.num_register_tokens
+    rate = 0.0 if teacher is not None else config.method.drop_path_rate
+    tokens = kept = 0
+    for images, side in (
+        (2 * num_images, crops.global_crops_size),
+        (crops.local_crops_number * num_images, crops.local_crops_size),
+    ):
+        per_image = (side // backbone.patch_size) ** 2 + extra
+        tokens += images * per_image
+        kept += (max(int(images * (1 - rate)), 1) if images else 0) * per_image
+    return tokens, kept
+
+
+def _backbone_activations(
+    backbone: BackboneConfig, config: TrainingConfig, teacher: BackboneConfig | None, num_images: int
+) -> float:
+    element = _element_bytes(config)
+    tokens, kept = _tokens(backbone, config, teacher, num_images)
+    drops = teacher is None and config.method.drop_path_rate > 0
+    groups = 2 if config.crops.local_crops_number else 1
+    blocks = backbone.depth * kept * _block_bytes_per_token(backbone, element, drops=drops, num_groups=groups)
+    ends = 2.0 * _FLOAT32 * backbone.embed_dim * tokens  # input and output of the last norm
+    pixels = 3.0 * element * num_images * _pixels_per_image(config) if element < _FLOAT32 else 0.0
+    return blocks + ends + pixels
+
+
+def _block_bytes_per_token(backbone: BackboneConfig, element: int, *, drops: bool, num_groups: int) -> float:
+    """What one block keeps for the backward pass, per token that it computes."""
+    attention = _CAST_ATTENTION if num_groups > 1 else _CAST_ATTENTION - 1
+    cast = element * backbone.embed_dim * (_CAST_LINEAR_INPUTS + attention + _CAST_BRANCHES)
+    hidden = element * backbone.mlp_hidden_dim * _CAST_HIDDEN[backbone.ffn_layer]
+    full = _FLOAT32 * backbone.embed_dim * (_NORM_INPUTS + (_SUBSET_BRANCHES if drops else 0))
+    single = _FLOAT32 * (backbone.num_heads + 4) + (_SUBSET_PLACES if drops else 0)  # log-sums of attention, mean and deviation
+    return cast + hidden + full + single
+
+
+def _head_activations(backbone: BackboneConfig, method: MethodConfig, rows: _Rows, element: int) -> float:
+    """Input, hidden layers before and after GELU, and the bottleneck before and after its normalisation."""
+    own = heads(method)
+    shares = [rows.cls, rows.patches] if len(own) == 2 else [rows.cls + rows.patches]
+    return float(
+        sum(
+            count * element * (backbone.embed_dim + 2 * (head.nlayers - 1) * head.hidden_dim + 2 * head.bottleneck_dim)
+            for head, count in zip(own, shares, strict=True)
+        )
+    )
+
+
+def _weight_copies(backbone: BackboneConfig, method: MethodConfig, element: int) -> float:
+    """Autocast keeps a bfloat16 copy of every weight that it multiplies with; without it only prototypes are written out."""
+    if element < _FLOAT32:
+        return _BFLOAT16 * float(sum(num_parameters(backbone, method)))
+    return _FLOAT32 * float(sum(head.out_dim * head.bottleneck_dim for head in heads(method)))
