@@ -148,7 +148,7 @@ def measure(case: Setting, kernel: str, options: argparse.Namespace, device: tor
     set_attention(model, kernel)
     if options.checkpoint:
         recompute_blocks(model)
-    step = TrainingStep(model, case, device, torch.bfloat16)
+    step = TrainingStep(model, device, torch.bfloat16)
     batch = random_batch(case, device)
     step_seconds(step, batch, device, WARM_UP)
     if device.type == "cuda":
