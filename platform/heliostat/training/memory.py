@@ -19,15 +19,14 @@ _FLOAT32, _BFLOAT16 = 4, 2  # bytes
 _NORM_INPUTS = 2
 _CAST_LINEAR_INPUTS = 2  # of qkv and of the first feed-forward linear
 _CAST_ATTENTION = 5  # query, key, value, output, and the output joined over the crop groups for proj
-_CAST_BRANCHES = 2  # what LayerScale multiplies, attention and feed-forward
-_SUBSET_BRANCHES = 2  # with stochastic depth: index_add keeps its scaled source
-_SUBSET_PLACES = 24  # bytes: with stochastic depth, the row and the factor of a token, twice
 # Kept per token of the feed-forward layer, in hidden widths.
 _CAST_HIDDEN = {"mlp": 2, "swiglufused": 4}  # input and output of GELU; gate, value, silu(gate) and their product
 
-# Bytes per logit (row times prototype): gradients of log-softmax and of its input, float32, side by side. With them the losses
-# take 18 a logit; the teacher's targets take 18 (Sinkhorn-Knopp) or 14 before any activation is there, so never more.
-_LOSS_BACKWARD = 8
+# Bytes per logit (row times prototype) of one block of a loss: scaled logits and their softmax, float32, side by side. The
+# teacher's targets take 10 a logit (Sinkhorn-Knopp) or 14 before any activation is there: less than logits, targets, gradients
+# and the activations of a student.
+_LOSS_BLOCK = 8
+_BLOCK_LOGITS = 2**22  # of training/losses.py, which imports torch
 
 # Assumptions, not studied: CUDA context, cuBLAS and NCCL buffers; blocks that the caching allocator cannot reuse.
 _CONTEXT_BYTES = 1.5 * GIB
@@ -65,7 +64,7 @@ def training_memory(config: TrainingConfig, teacher: BackboneConfig | None, imag
     Weights, gradients, moments and averages are whole on every worker, as `TorchEngine` keeps them.
     """
     state, held = _state_bytes(config, teacher), held_for_backward(config, teacher, images_per_worker)
-    after_losses = {name: size for name, size in held.items() if name not in ("heads", "log-softmax")}
+    after_losses = {name: size for name, size in held.items() if name not in ("heads",)}
     moments = [
         held | {"gradients of logits": _loss_gradients(config, teacher, images_per_worker)},
         after_losses | {"gradients inside a block": _block_gradients(config, teacher, images_per_worker)},
@@ -88,7 +87,6 @@ def held_for_backward(config: TrainingConfig, teacher: BackboneConfig | None, im
         "activations": sum(_backbone_activations(one, config, teacher, images_per_worker) for one in backbones),
         "heads": sum(_head_activations(one, method, rows, element) for one in backbones),
         "student's logits": element * logits,
-        "log-softmax": _FLOAT32 * logits,
         "targets": _FLOAT32 * (cls_targets + rows.patches * method.ibot_head.out_dim),
         "copies of weights": sum(_weight_copies(one, method, element) for one in backbones),
     }
@@ -124,8 +122,12 @@ def _rows(config: TrainingConfig, teacher: BackboneConfig | None, num_images: in
 
 
 def _loss_gradients(config: TrainingConfig, teacher: BackboneConfig | None, num_images: int) -> float:
+    """All gradients of logits but those of the cls tokens that come last, and what the loss of patch tokens works with."""
     method, rows = config.method, _rows(config, teacher, num_images)
-    return _LOSS_BACKWARD * float(max(rows.cls * method.dino.head.out_dim, rows.patches * method.ibot_head.out_dim))
+    cls, patches = rows.cls * method.dino.head.out_dim, rows.patches * method.ibot_head.out_dim
+    block = min(max(cls, patches), max(_BLOCK_LOGITS, method.ibot_head.out_dim))
+    students = len(config.backbones)
+    return float(_element_bytes(config) * (students * (cls + patches) - min(cls, patches)) + _LOSS_BLOCK * block)
 
 
 def _block_gradients(config: TrainingConfig, teacher: BackboneConfig | None, num_images: int) -> float:
@@ -160,21 +162,20 @@ def _backbone_activations(
 ) -> float:
     element = _element_bytes(config)
     tokens, kept = _tokens(backbone, config, teacher, num_images)
-    drops = teacher is None and config.method.drop_path_rate > 0
     groups = 2 if config.crops.local_crops_number else 1
-    blocks = backbone.depth * kept * _block_bytes_per_token(backbone, element, drops=drops, num_groups=groups)
+    blocks = backbone.depth * kept * _block_bytes_per_token(backbone, element, num_groups=groups)
     ends = 2.0 * _FLOAT32 * backbone.embed_dim * tokens  # input and output of the last norm
     pixels = 3.0 * element * num_images * _pixels_per_image(config) if element < _FLOAT32 else 0.0
     return blocks + ends + pixels
 
 
-def _block_bytes_per_token(backbone: BackboneConfig, element: int, *, drops: bool, num_groups: int) -> float:
+def _block_bytes_per_token(backbone: BackboneConfig, element: int, *, num_groups: int) -> float:
     """What one block keeps for the backward pass, per token that it computes."""
     attention = _CAST_ATTENTION if num_groups > 1 else _CAST_ATTENTION - 1
-    cast = element * backbone.embed_dim * (_CAST_LINEAR_INPUTS + attention + _CAST_BRANCHES)
+    cast = element * backbone.embed_dim * (_CAST_LINEAR_INPUTS + attention)
     hidden = element * backbone.mlp_hidden_dim * _CAST_HIDDEN[backbone.ffn_layer]
-    full = _FLOAT32 * backbone.embed_dim * (_NORM_INPUTS + (_SUBSET_BRANCHES if drops else 0))
-    single = _FLOAT32 * (backbone.num_heads + 4) + (_SUBSET_PLACES if drops else 0)  # log-sums of attention, mean and deviation
+    full = _FLOAT32 * backbone.embed_dim * _NORM_INPUTS
+    single = _FLOAT32 * (backbone.num_heads + 4)  # log-sums of attention, mean and deviation
     return cast + hidden + full + single
 
 
@@ -191,7 +192,12 @@ def _head_activations(backbone: BackboneConfig, method: MethodConfig, rows: _Row
 
 
 def _weight_copies(backbone: BackboneConfig, method: MethodConfig, element: int) -> float:
-    """Autocast keeps a bfloat16 copy of every weight that it multiplies with; without it only prototypes are written out."""
+    """Autocast keeps a bfloat16 copy of every weight that it multiplies with.
+
+    Without it only what is not a weight itself is written out: prototypes, and the last linears of the residual branches times
+    LayerScale.
+    """
     if element < _FLOAT32:
         return _BFLOAT16 * float(sum(num_parameters(backbone, method)))
-    return _FLOAT32 * float(sum(head.out_dim * head.bottleneck_dim for head in heads(method)))
+    scaled = backbone.depth * backbone.embed_dim * (backbone.embed_dim + backbone.mlp_hidden_dim)
+    return _FLOAT32 * float(scaled + sum(head.out_dim * head.bottleneck_dim for head in heads(method)))
