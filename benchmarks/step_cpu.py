@@ -4,7 +4,7 @@
 
 The plain side has the same weights, kernels and optimizer, but one forward per crop size, drop path that computes all residuals
 and multiplies them by a mask, one head call per kind of token and one cross-entropy per pair of crops. Before anything is timed
-both sides must give the same losses and gradients at drop rate 0. Steps of both sides alternate in one run.
+both sides must give the same losses and gradients at drop rate 0. Steps of both sides at all drop rates alternate in one run.
 """
 
 import copy
@@ -29,7 +29,7 @@ from heliostat.training.param_groups import apply_step_values, build_optimizer
 # Shapes: B images of one size, T tokens of an image, D width, C global crops, N patches of one, M masked patches, K prototypes.
 
 DROP_RATES = (0.0, 0.2, 0.4)
-PAIRS = 9
+ROUNDS = 9
 WARM_UP = 1
 CPU = torch.device("cpu")
 
@@ -183,36 +183,37 @@ def check_agreement(num_images: int = 4) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Row:
-    """Images per CPU second of both sides at one drop rate, pair by pair."""
+    """CPU seconds of a step of both sides at one drop rate, round by round."""
 
     case: Setting
     ours: list[float]
     plain: list[float]
 
-    @property
-    def ratios(self) -> list[float]:
-        """Ours over plain, of steps that ran next to each other."""
-        return [ours / plain for ours, plain in zip(self.ours, self.plain, strict=True)]
 
-
-def measure(case: Setting) -> Row:
-    """Alternate steps of both sides from the same weights; which side goes first alternates too."""
-    model = build_model(case)
-    steps = {"plain": PlainStep(copy.deepcopy(model)), "ours": TrainingStep(model, CPU, torch.float32)}
-    rates: dict[str, list[float]] = {"ours": [], "plain": []}
-    for number in range(WARM_UP + PAIRS):
-        batch = random_batch(case, CPU, seed=number)
-        for name in sorted(steps, reverse=number % 2 == 1):
+def measure(cases: list[Setting]) -> list[Row]:
+    """Rounds of one step of each side at each drop rate, from the same weights; every second round goes backwards."""
+    rows, steps = [Row(case, [], []) for case in cases], []
+    for row in rows:
+        model = build_model(row.case)
+        steps += [(row.plain, PlainStep(copy.deepcopy(model))), (row.ours, TrainingStep(model, CPU, torch.float32))]
+    for number in range(WARM_UP + ROUNDS):
+        batch = random_batch(cases[0], CPU, seed=number)  # crops and masks do not depend on the drop rate
+        for seconds, step in steps if number % 2 else steps[::-1]:
             started = time.process_time()
-            steps[name](batch)
+            step(batch)
             if number >= WARM_UP:
-                rates[name].append(case.num_images / (time.process_time() - started))
-    return Row(case, rates["ours"], rates["plain"])
+                seconds.append(time.process_time() - started)
+    return rows
 
 
 def spread(values: list[float]) -> str:
     """Median (least to greatest)."""
     return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
+
+
+def quotients(numerators: list[float], denominators: list[float]) -> list[float]:
+    """Round by round."""
+    return [above / below for above, below in zip(numerators, denominators, strict=True)]
 
 
 def table(rows: list[Row], agreement: tuple[float, float]) -> list[str]:
@@ -221,25 +222,25 @@ def table(rows: list[Row], agreement: tuple[float, float]) -> list[str]:
     lines = [
         f"# Training step on a CPU, {today()}",
         "",
-        f"{versions()}. Command: `make bench`. Medians of {PAIRS} interleaved pairs of steps, spread in brackets.",
+        f"{versions()}. Command: `make bench`. Medians of {ROUNDS} rounds of all six steps, spread in brackets.",
         "",
         f"ViT-Ti/14, {case.num_images} images, 2 x {case.global_size_pixels} and {case.num_local_crops} x "
         f"{case.local_size_pixels} pixels, K = {case.method.dino.head_n_prototypes}, float32, random pixels. The gate: at drop "
         f"rate 0 losses differ by at most {agreement[0]:.0e}, gradients by {agreement[1]:.0e} (relative).",
         "",
-        "Small machine, small model, shared host: ratios hold better than rates, and nothing here speaks for a GPU.",
+        "Small machine, small model, shared host: quotients within a round hold better than rates. No GPU is spoken for.",
         "",
         "Model FLOPs leave out what stochastic depth drops. Relative: to drop rate 0.",
         "",
-        "| drop rate | images per CPU s | plain implementation | ratio | TFLOP per image | relative | CPU time, relative |",
+        "| drop rate | images per CPU s | plain implementation | quotient | TFLOP per image | relative | CPU time, relative |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        counted = row.case.tflop_per_image()
-        measured = statistics.median(first.ours) / statistics.median(row.ours)
+        counted, num_images = row.case.tflop_per_image(), row.case.num_images
+        ours, plain = ([num_images / seconds for seconds in side] for side in (row.ours, row.plain))
         lines.append(
-            f"| {row.case.method.drop_path_rate} | {spread(row.ours)} | {spread(row.plain)} | {spread(row.ratios)} "
-            f"| {counted:.4f} | {counted / case.tflop_per_image():.2f} | {measured:.2f} |"
+            f"| {row.case.method.drop_path_rate} | {spread(ours)} | {spread(plain)} | {spread(quotients(ours, plain))} "
+            f"| {counted:.4f} | {counted / case.tflop_per_image():.2f} | {spread(quotients(row.ours, first.ours))} |"
         )
     return lines
 
@@ -248,7 +249,7 @@ def main() -> None:
     """Gate, measure, write."""
     torch.set_num_threads(1)
     agreement = check_agreement()
-    write_result("step_cpu", table([measure(setting(rate)) for rate in DROP_RATES], agreement), cpu_hardware())
+    write_result("step_cpu", table(measure([setting(rate) for rate in DROP_RATES]), agreement), cpu_hardware())
 
 
 if __name__ == "__main__":
