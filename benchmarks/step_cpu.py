@@ -16,7 +16,7 @@ import torch
 from results_file import cpu_hardware, today, versions, write_result
 from torch import Tensor, nn
 from torch.nn import functional
-from training_step import OPTIM, VALUES, Setting, TrainingStep, build_model, build_optimizer, normalise, random_batch
+from training_step import OPTIM, VALUES, Setting, TrainingStep, build_model, normalise, random_batch
 
 from heliostat.data.batch import Batch
 from heliostat.models.blocks import Block
@@ -24,6 +24,7 @@ from heliostat.models.config import BackboneConfig
 from heliostat.models.vit import VisionTransformer, resize_pos_embed
 from heliostat.training.config import DinoConfig, MethodConfig
 from heliostat.training.method import SelfDistillation
+from heliostat.training.param_groups import apply_step_values, build_optimizer
 
 # Shapes: B images of one size, T tokens of an image, D width, C global crops, N patches of one, M masked patches, K prototypes.
 
@@ -135,9 +136,10 @@ def plain_losses(model: SelfDistillation, batch: Batch, teacher_temp: float) -> 
 class PlainStep:
     """The plain step: losses, backward, clip per sub-module, AdamW, moving average parameter by parameter."""
 
-    def __init__(self, model: SelfDistillation, setting: Setting) -> None:
+    def __init__(self, model: SelfDistillation) -> None:
         self.model = model
-        self._optimizer = build_optimizer(model, setting)
+        self._optimizer = build_optimizer(model.networks, OPTIM)
+        apply_step_values(self._optimizer.param_groups, VALUES)
 
     def __call__(self, batch: Batch) -> None:
         losses = plain_losses(self.model, normalise(batch), VALUES.teacher_temp)
@@ -196,7 +198,7 @@ class Row:
 def measure(case: Setting) -> Row:
     """Alternate steps of both sides from the same weights; which side goes first alternates too."""
     model = build_model(case)
-    steps = {"plain": PlainStep(copy.deepcopy(model), case), "ours": TrainingStep(model, case, CPU, torch.float32)}
+    steps = {"plain": PlainStep(copy.deepcopy(model)), "ours": TrainingStep(model, CPU, torch.float32)}
     rates: dict[str, list[float]] = {"ours": [], "plain": []}
     for number in range(WARM_UP + PAIRS):
         batch = random_batch(case, CPU, seed=number)

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from heliostat.data.batch import Batch
-from heliostat.data.masking import batch_masks
+from heliostat.data.masking import MaskSettings, batch_masks
 from heliostat.models.config import BackboneConfig
 from heliostat.models.flops import training_flops_per_image
 from heliostat.training.config import MethodConfig, OptimConfig, TeacherConfig
-from heliostat.training.engine import TorchEngine, World
+from heliostat.training.engine import World, build_engine
 from heliostat.training.method import SelfDistillation
-from heliostat.training.param_groups import apply_step_values, build_param_groups
+from heliostat.training.param_groups import build_optimizer
 from heliostat.training.schedules import step_values
+from heliostat.training.step import train_step
 
 OPTIM = OptimConfig(lr=1e-4, scaling_rule="none", warmup_steps=0, freeze_last_layer_steps=0)
 VALUES = step_values(0, optim=OPTIM, teacher=TeacherConfig(), total_steps=1000, global_batch_size=1024)
@@ -57,11 +58,9 @@ def random_batch(setting: Setting, device: torch.device, seed: int = 0) -> Batch
         shape = (num_crops, setting.backbone.in_chans, size, size)
         return torch.randint(0, 256, shape, dtype=torch.uint8, device=device, generator=generator)
 
-    grid = setting.global_size_pixels // setting.backbone.patch_size
     ibot = setting.method.ibot
-    masks = batch_masks(
-        2 * setting.num_images, (grid, grid), ibot.mask_ratio_min_max, ibot.mask_sample_probability, (seed, 0, 0)
-    )
+    masking = MaskSettings(setting.backbone.patch_size, ibot.mask_ratio_min_max, ibot.mask_sample_probability)
+    masks = batch_masks(masking, masking.grid(setting.global_size_pixels), setting.num_images, seed=seed, step=0)
     return Batch(
         pixels(2 * setting.num_images, setting.global_size_pixels),
         pixels(setting.num_local_crops * setting.num_images, setting.local_size_pixels),
@@ -74,40 +73,24 @@ def normalise(batch: Batch) -> Batch:
     return Batch(batch.global_crops.float().mul_(2 / 255).sub_(1), batch.local_crops.float().mul_(2 / 255).sub_(1), batch.masks)
 
 
-def build_model(setting: Setting, seed: int = 0) -> SelfDistillation:
-    """Student and teacher with weights drawn from the seed."""
-    torch.manual_seed(seed)
-    return SelfDistillation(setting.backbone, setting.method)
-
-
-def build_optimizer(model: SelfDistillation, setting: Setting) -> torch.optim.AdamW:
-    """The product's optimizer, its groups set to the values of some step."""
-    optimizer = torch.optim.AdamW(build_param_groups(model.student, setting.backbone.depth, OPTIM), lr=0.0)
-    apply_step_values(optimizer.param_groups, VALUES)
-    return optimizer
+def build_model(setting: Setting, device: torch.device | None = None) -> SelfDistillation:
+    """Student and teacher, their weights drawn on the device."""
+    torch.manual_seed(0)
+    with device or torch.device("cpu"):
+        return SelfDistillation(setting.backbone, setting.method)
 
 
 class TrainingStep:
-    """The product's step, as training/loop.py makes it: forward, check, backward, clip, AdamW, teacher."""
+    """The product's step with fixed learning rate, momentum and temperature."""
 
-    def __init__(self, model: SelfDistillation, setting: Setting, device: torch.device, dtype: torch.dtype) -> None:
-        self.model = model.to(device)
-        self._engine = TorchEngine(
-            dict(model.student.named_children()),
-            build_optimizer(model, setting),
-            clip_grad=OPTIM.clip_grad,
-            world=World(device=device),
-            dtype=dtype,
-        )
+    def __init__(self, model: SelfDistillation, device: torch.device, dtype: torch.dtype) -> None:
+        self.model = model
+        self._world = World(device=device)
+        self._optimizer = build_optimizer(model.networks, OPTIM)
+        self._engine = build_engine(model.networks, self._optimizer, clip_grad=OPTIM.clip_grad, world=self._world, dtype=dtype)
 
     def __call__(self, batch: Batch) -> None:
-        """One step; RuntimeError when the loss is not finite, since a skipped step measures nothing."""
-        batch = normalise(batch)
-        with self._engine.autocast():
-            losses = self.model(batch, VALUES.teacher_temp)
-            total = self.model.weighted_sum(losses)
-        if not torch.isfinite(total):  # waits for the device, as the product's check does
-            raise RuntimeError(f"the loss is {total.item()} on random pixels")
-        self._engine.backward(total)
-        self._engine.clip_and_step()
-        self.model.update_teacher(VALUES.momentum)
+        """One step; RuntimeError when it was skipped, since that measures nothing."""
+        result = train_step(self.model, self._optimizer, self._engine, normalise(batch), VALUES, world=self._world)
+        if result.not_finite:
+            raise RuntimeError(f"not finite on random pixels: {', '.join(result.not_finite)}")

@@ -29,8 +29,8 @@ def test_a_step_of_both_sides_gives_the_same_weights(step_cpu):
     case = step_cpu.setting(0.0, 2)
     ours, theirs = step_cpu.build_model(case), step_cpu.build_model(case)
     batch = step_cpu.random_batch(case, torch.device("cpu"))
-    step_cpu.TrainingStep(ours, case, torch.device("cpu"), torch.float32)(batch)
-    step_cpu.PlainStep(theirs, case)(batch)
+    step_cpu.TrainingStep(ours, torch.device("cpu"), torch.float32)(batch)
+    step_cpu.PlainStep(theirs)(batch)
     for key, value in ours.teacher.state_dict().items():
         # AdamW's first step is the learning rate (1e-4) times the sign of the gradient; the teacher takes 0.006 of it.
         torch.testing.assert_close(value, theirs.teacher.state_dict()[key], atol=2e-6, rtol=1e-4, msg=key)
