@@ -249,6 +249,7 @@ def test_our_model_artifact_and_the_files_of_our_release_are_folders_like_any_ot
     backbone, info = read_backbone_files(LocalStore(tmp_path / "model"), "model")
     assert found.config == info.backbone
     assert {key.partition(".")[0] for key in found.heads} == {"dino_head", "ibot_head", "dino_targets", "ibot_targets"}
+    assert found.notes == ()
     assert difference(backbone, backbone_of(found), random_images(found.config)) == 0.0
     (tmp_path / "release").mkdir()
     save_file(to_fair_names(backbone.state_dict()), tmp_path / "release" / "model.safetensors")

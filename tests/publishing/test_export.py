@@ -46,6 +46,7 @@ def test_every_format_is_written_and_says_how_near_it_is(model: Artifact, tmp_pa
     assert parity["largest_difference"] == differences
     assert parity["images"] == {"shape": [4, 3, 32, 32], "pixels": "normal", "seed": 0}
     assert parity["tolerance"] == 1e-4
+    assert parity["libraries"]["torch"] == torch.__version__
     assert sorted(parity["libraries"]) == ["onnx", "onnxruntime", "onnxscript", "timm", "torch", "transformers"]
 
 
@@ -134,6 +135,23 @@ def test_a_library_that_gives_other_features_stops_the_export(
         export_formats(model, PublishConfig(formats=(name,)), tmp_path)
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "parity.json").exists()
+
+
+def test_whatever_a_library_raises_becomes_one_line(model: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    class RefusedError(Exception):
+        """onnxruntime's own exceptions derive from nothing nearer."""
+
+    def session(*arguments, **options):
+        raise RefusedError("opset 20 is not known\nmore")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    message = r"^onnx of model/tiny@1 cannot be written and read back: RefusedError: opset 20 is not known; are the libraries"
+    with pytest.raises(PublishError, match=message) as refused:
+        export_formats(model, PublishConfig(formats=("onnx",)), tmp_path)
+    assert "\n" not in str(refused.value)
+    assert isinstance(refused.value.__cause__, RefusedError)
 
 
 def test_a_backbone_that_a_format_cannot_hold_is_refused_with_the_formats_that_can() -> None:
