@@ -138,6 +138,8 @@ class TrainingConfig(StrictModel):
     def _check_crops(self) -> Self:
         for backbone in self.backbones.values():
             patch = backbone.patch_size
+            if backbone.in_chans != 3:
+                raise ValueError(f"student.in_chans {backbone.in_chans} does not fit the crops, which are RGB; use 3")
             for name in ("global_crops_size", "local_crops_size"):
                 size = getattr(self.crops, name)
                 if size % patch:
