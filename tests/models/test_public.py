@@ -185,6 +185,8 @@ def test_a_folder_of_another_model_is_refused_by_name(tmp_path, model_type):
         ({"architecture": "vit_base_patch16_224"}, "timm's vit_base_patch16_224; only its vit_"),
         ({"architecture": "vit_small_patch14_dinov2", "model_args": {"act_layer": "relu"}}, "sets act_layer, which may change"),
         ({"architecture": {"arch": "vit_small", "wdith": 3}}, "unknown key: wdith"),
+        ({"architecture": "vit_small_patch14_dinov2", "model_args": 5}, "model_args of type int; expected a JSON object"),
+        ({"architecture": "vit_small_patch14_dinov2", "model_args": {"num_heads": True}}, "num_heads True; expected a whole"),
         ([], "holds a list; expected a JSON object"),
     ],
 )

@@ -4,12 +4,14 @@ import io
 from pathlib import Path
 
 import pytest
+import torch
 from random_backbone import random_model, tiny_config
 
 from heliostat.artifacts import ArtifactRef, verify
 from heliostat.config import validate
 from heliostat.errors import ConfigError, PublishError, UsageError
 from heliostat.models.public import read_public_weights
+from heliostat.publishing.torchvision_operators import import_torchvision
 from heliostat.runtime.pipelines import Context
 from heliostat.runtime.progress import Progress
 from heliostat.runtime.recipe import Recipe
@@ -52,21 +54,25 @@ def test_a_release_holds_what_was_asked_for_and_the_card_says_how_near_it_is(tmp
 def test_an_export_that_fails_its_parity_check_leaves_nothing_to_be_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import onnxruntime
+    import_torchvision()
+    import timm
 
-    class Session(onnxruntime.InferenceSession):
-        def run(self, *arguments):
-            return [part + 0.001 for part in super().run(*arguments)]
+    real = timm.create_model
+
+    def load(*arguments, **options):
+        model = real(*arguments, **options)
+        torch.nn.init.constant_(model.norm.bias, 1.0)
+        return model
 
     random_model(tmp_path, tiny_config("mlp"))
-    context, _ = context_of(tmp_path, formats=["fair", "onnx"])
+    context, _ = context_of(tmp_path, formats=["fair", "timm"])
     with monkeypatch.context() as patch:
-        patch.setattr(onnxruntime, "InferenceSession", Session)
-        with pytest.raises(PublishError, match=r"^onnx of model/tiny@1 .* differ by 0\.001"):
+        patch.setattr(timm, "create_model", load)
+        with pytest.raises(PublishError, match=r"^timm of model/tiny@1 gives features that differ by"):
             publish(context, context.recipe.publish)
     assert context.artifacts.find(RELEASE) is None
     assert [entry.key for entry in context.artifacts.files(RELEASE).list()] == ["draft.json"]
-    assert "onnx/model.onnx" in publish(context, context.recipe.publish).record.files
+    assert "timm/model.safetensors" in publish(context, context.recipe.publish).record.files
 
 
 def test_what_a_format_cannot_hold_is_refused_before_anything_is_begun(tmp_path: Path) -> None:
