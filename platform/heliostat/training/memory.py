@@ -24,7 +24,7 @@ _CAST_HIDDEN = {"mlp": 2, "swiglufused": 4}  # input and output of GELU; gate, v
 
 # Logits that the cross-entropy takes in float32 at a time: _BLOCK_LOGITS of training/losses.py, which imports torch.
 _LOSS_BLOCK_LOGITS = 2**22
-# Float32 tensors as large as the teacher's logits while targets are made of them; centering has a float32 copy of bfloat16 ones.
+# Float32 tensors as large as the teacher's logits while targets are made of them; centering first copies bfloat16 to float32.
 _TARGET_COPIES = {"sinkhorn_knopp": 2, "centering": 3}
 _TARGETS_OF_STUDENT = 3  # of B rows each: both global crops swapped, and their sum
 
