@@ -59,6 +59,10 @@ def distill(*overrides: str) -> DistillConfig:
     return validate(DistillConfig, apply_overrides({**shared, "students": students}, overrides), "small")
 
 
+def distill_one(*overrides: str) -> DistillConfig:
+    return validate(DistillConfig, apply_overrides(SMALL, overrides), "small")
+
+
 def batch_of(config: TrainingConfig) -> Batch:
     """One worker's batch, every second crop masked to exactly the mean mask ratio."""
     images, crops = config.train.global_batch_size, config.crops
@@ -151,9 +155,12 @@ def test_several_students_hold_what_each_holds_and_one_teacher() -> None:
         pretrain("train.global_batch_size=8", "student.depth=6", "student.embed_dim=192"),
         pretrain("train.global_batch_size=8", "student.depth=6", "method.drop_path_rate=0.4", "train.compute_dtype=float32"),
         pretrain("method.dino.head_n_prototypes=16384", "method.ibot.head_n_prototypes=16384", "student.depth=1"),
+        pretrain("method.dino.head_n_prototypes=32768", "method.ibot.head_n_prototypes=32768", "train.global_batch_size=16"),
+        pretrain("method.dino.head_n_prototypes=16384", "method.ibot.separate_head=false", "crops.local_crops_number=12"),
         distill("method.dino.head_n_prototypes=4096", "method.ibot.head_n_prototypes=4096"),
+        distill_one("method.centering=centering", "method.ibot.head_n_prototypes=8192", "student.depth=1"),
     ],
-    ids=["activations", "float32", "logits", "distillation"],
+    ids=["activations", "float32", "logits", "logits in blocks", "shared head", "distillation", "targets"],
 )
 def test_the_fullest_moment_of_a_whole_step_is_estimated_within_a_twentieth(config: TrainingConfig) -> None:
     method, batch = method_of(config), batch_of(config)

@@ -19,15 +19,14 @@ _FLOAT32, _BFLOAT16 = 4, 2  # bytes
 _NORM_INPUTS = 2
 _CAST_LINEAR_INPUTS = 2  # of qkv and of the first feed-forward linear
 _CAST_ATTENTION = 5  # query, key, value, output, and the output joined over the crop groups for proj
-_CAST_BRANCHES = 2  # what LayerScale multiplies, attention and feed-forward
-_SUBSET_BRANCHES = 2  # with stochastic depth: index_add keeps its scaled source
-_SUBSET_PLACES = 24  # bytes: with stochastic depth, the row and the factor of a token, twice
 # Kept per token of the feed-forward layer, in hidden widths.
 _CAST_HIDDEN = {"mlp": 2, "swiglufused": 4}  # input and output of GELU; gate, value, silu(gate) and their product
 
-# Bytes per logit (row times prototype): gradients of log-softmax and of its input, float32, side by side. With them the losses
-# take 18 a logit; the teacher's targets take 18 (Sinkhorn-Knopp) or 14 before any activation is there, so never more.
-_LOSS_BACKWARD = 8
+# Logits that the cross-entropy takes in float32 at a time: _BLOCK_LOGITS of training/losses.py, which imports torch.
+_LOSS_BLOCK_LOGITS = 2**22
+# Float32 tensors as large as the teacher's logits while targets are made of them; centering first copies bfloat16 to float32.
+_TARGET_COPIES = {"sinkhorn_knopp": 2, "centering": 3}
+_TARGETS_OF_STUDENT = 3  # of B rows each: both global crops swapped, and their sum
 
 # Assumptions, not studied: CUDA context, cuBLAS and NCCL buffers; blocks that the caching allocator cannot reuse.
 _CONTEXT_BYTES = 1.5 * GIB
@@ -65,8 +64,9 @@ def training_memory(config: TrainingConfig, teacher: BackboneConfig | None, imag
     Weights, gradients, moments and averages are whole on every worker, as `TorchEngine` keeps them.
     """
     state, held = _state_bytes(config, teacher), held_for_backward(config, teacher, images_per_worker)
-    after_losses = {name: size for name, size in held.items() if name not in ("heads", "log-softmax")}
+    after_losses = {name: size for name, size in held.items() if name != "heads"}
     moments = [
+        {"teacher's logits and targets": _target_making(config, teacher, images_per_worker)},
         held | {"gradients of logits": _loss_gradients(config, teacher, images_per_worker)},
         after_losses | {"gradients inside a block": _block_gradients(config, teacher, images_per_worker)},
         {"optimizer temporaries": state["weights"]},  # gradients in one flat buffer, then AdamW's square roots
@@ -82,13 +82,11 @@ def held_for_backward(config: TrainingConfig, teacher: BackboneConfig | None, im
     method, backbones, element = config.method, config.backbones.values(), _element_bytes(config)
     rows = _rows(config, teacher, images_per_worker)
     logits = len(backbones) * float(rows.cls * method.dino.head.out_dim + rows.patches * method.ibot_head.out_dim)
-    # Targets: both global crops as the teacher gives them, then for each student swapped and summed over the crops.
-    cls_targets = (2.0 + 3.0 * len(backbones)) * images_per_worker * method.dino.head.out_dim
+    cls_targets = (2.0 + _TARGETS_OF_STUDENT * len(backbones)) * images_per_worker * method.dino.head.out_dim
     return {
         "activations": sum(_backbone_activations(one, config, teacher, images_per_worker) for one in backbones),
         "heads": sum(_head_activations(one, method, rows, element) for one in backbones),
         "student's logits": element * logits,
-        "log-softmax": _FLOAT32 * logits,
         "targets": _FLOAT32 * (cls_targets + rows.patches * method.ibot_head.out_dim),
         "copies of weights": sum(_weight_copies(one, method, element) for one in backbones),
     }
@@ -123,13 +121,47 @@ def _rows(config: TrainingConfig, teacher: BackboneConfig | None, num_images: in
     return _Rows((2 + crops.local_crops_number) * num_images, round(share * patches))
 
 
-def _loss_gradients(config: TrainingConfig, teacher: BackboneConfig | None, num_images: int) -> float:
+def _target_making(config: TrainingConfig, teacher: BackboneConfig | None, num_images: int) -> float:
+    """The teacher's logits and its targets while the last of them are made; nothing of the student is there yet."""
     method, rows = config.method, _rows(config, teacher, num_images)
-    return _LOSS_BACKWARD * float(max(rows.cls * method.dino.head.out_dim, rows.patches * method.ibot_head.out_dim))
+    cls, patches = 2.0 * num_images * method.dino.head.out_dim, float(rows.patches * method.ibot_head.out_dim)
+    element = _element_bytes(config)
+    copies = _TARGET_COPIES[method.centering] if element < _FLOAT32 else 2
+    per_logit = element + copies * _FLOAT32
+    return max(per_logit * cls, per_logit * patches + _FLOAT32 * cls)
+
+
+def _loss_gradients(config: TrainingConfig, teacher: BackboneConfig | None, num_images: int) -> float:
+    """Gradients of logits and what they are computed with. The losses of all students go first, from the last to the first.
+
+    The fullest moment is in a loss of the first student, or where the gradients of its logits are joined.
+    """
+    method, rows, element = config.method, _rows(config, teacher, num_images), _element_bytes(config)
+    prototypes = method.dino.head.out_dim
+    cls, patches = float(rows.cls * prototypes), float(rows.patches * method.ibot_head.out_dim)
+    local, one_local = float((rows.cls - 2 * num_images) * prototypes), float(num_images * prototypes)
+    copied_targets = float(_FLOAT32 * _TARGETS_OF_STUDENT * num_images * prototypes)
+    gradients = element * (cls + patches)
+    # Local and global crops are slices of one tensor, and so are cls and patch tokens of a shared head: the gradient of a slice
+    # is as large as the whole.
+    slices = element * (cls + 2 * num_images * prototypes)
+    joined = max(slices, gradients if len(heads(method)) == 1 else 0.0) + gradients - copied_targets
+    ibot = element * patches + _loss_blocks(patches, patches)
+    first = max(ibot, element * (patches + local) + _loss_blocks(local, one_local), joined)
+    return (len(config.backbones) - 1) * (gradients - copied_targets) + first
+
+
+def _loss_blocks(num_logits: float, largest_block: float) -> float:
+    """Float32 temporaries of one loss: two of a block, the first alone, the second beside the result of the first."""
+    block = min(largest_block, _LOSS_BLOCK_LOGITS)
+    return _FLOAT32 * (block + max(block, 2 * min(num_logits - block, block)))
 
 
 def _block_gradients(config: TrainingConfig, teacher: BackboneConfig | None, num_images: int) -> float:
-    """Of the residual stream and of what is added to it, and before and after the activation of the feed-forward layer."""
+    """Of the residual stream and of what is added to it, and before and after the activation of the feed-forward layer.
+
+    A bound: by then what the last norm keeps is free again, and so is the input of the last linear.
+    """
     sizes = []
     for backbone in config.backbones.values():
         tokens, kept = _tokens(backbone, config, teacher, num_images)
@@ -160,21 +192,20 @@ def _backbone_activations(
 ) -> float:
     element = _element_bytes(config)
     tokens, kept = _tokens(backbone, config, teacher, num_images)
-    drops = teacher is None and config.method.drop_path_rate > 0
     groups = 2 if config.crops.local_crops_number else 1
-    blocks = backbone.depth * kept * _block_bytes_per_token(backbone, element, drops=drops, num_groups=groups)
+    blocks = backbone.depth * kept * _block_bytes_per_token(backbone, element, num_groups=groups)
     ends = 2.0 * _FLOAT32 * backbone.embed_dim * tokens  # input and output of the last norm
     pixels = 3.0 * element * num_images * _pixels_per_image(config) if element < _FLOAT32 else 0.0
     return blocks + ends + pixels
 
 
-def _block_bytes_per_token(backbone: BackboneConfig, element: int, *, drops: bool, num_groups: int) -> float:
+def _block_bytes_per_token(backbone: BackboneConfig, element: int, *, num_groups: int) -> float:
     """What one block keeps for the backward pass, per token that it computes."""
     attention = _CAST_ATTENTION if num_groups > 1 else _CAST_ATTENTION - 1
-    cast = element * backbone.embed_dim * (_CAST_LINEAR_INPUTS + attention + _CAST_BRANCHES)
+    cast = element * backbone.embed_dim * (_CAST_LINEAR_INPUTS + attention)
     hidden = element * backbone.mlp_hidden_dim * _CAST_HIDDEN[backbone.ffn_layer]
-    full = _FLOAT32 * backbone.embed_dim * (_NORM_INPUTS + (_SUBSET_BRANCHES if drops else 0))
-    single = _FLOAT32 * (backbone.num_heads + 4) + (_SUBSET_PLACES if drops else 0)  # log-sums of attention, mean and deviation
+    full = _FLOAT32 * backbone.embed_dim * _NORM_INPUTS
+    single = _FLOAT32 * (backbone.num_heads + 4)  # log-sums of attention, mean and deviation
     return cast + hidden + full + single
 
 
@@ -191,7 +222,11 @@ def _head_activations(backbone: BackboneConfig, method: MethodConfig, rows: _Row
 
 
 def _weight_copies(backbone: BackboneConfig, method: MethodConfig, element: int) -> float:
-    """Autocast keeps a bfloat16 copy of every weight that it multiplies with; without it only prototypes are written out."""
+    """Autocast keeps a bfloat16 copy of every weight; without it only what is computed of weights is kept.
+
+    That is the prototypes, and the last linears of both branches of each block times their LayerScale.
+    """
     if element < _FLOAT32:
         return _BFLOAT16 * float(sum(num_parameters(backbone, method)))
-    return _FLOAT32 * float(sum(head.out_dim * head.bottleneck_dim for head in heads(method)))
+    scaled = backbone.depth * backbone.embed_dim * (backbone.embed_dim + backbone.mlp_hidden_dim)
+    return _FLOAT32 * float(scaled + sum(head.out_dim * head.bottleneck_dim for head in heads(method)))

@@ -216,6 +216,24 @@ class DistillConfig(TrainingConfig):
         return self
 
 
+def alone(config: DistillConfig, backbone: BackboneConfig) -> PretrainConfig:
+    """A student's training without its teacher: everything else as in the distillation."""
+    plain = {key: value for key, value in config.model_dump(mode="json").items() if key in TrainingConfig.model_fields}
+    return validate(PretrainConfig, plain | {"student": backbone.model_dump(mode="json"), "phases": []}, "distill")
+
+
+def teacher_heads(config: DistillConfig, backbone: BackboneConfig) -> PretrainConfig:
+    """The training of heads on a teacher that comes without: `teacher_head_steps` in which its backbone stays as it is.
+
+    Raises ConfigError when the section cannot be shortened to so few steps.
+    """
+    steps = config.teacher_head_steps
+    plain = compressed(alone(config, backbone).model_dump(mode="json"), config.train.steps, steps)
+    plain["init"] = InitConfig(weights=config.teacher, head_warmup_steps=steps).model_dump(mode="json")
+    plain["method"]["drop_path_rate"] = 0.0
+    return validate(PretrainConfig, plain, "distill.teacher_head_steps")
+
+
 Section = TypeVar("Section", bound=TrainingConfig)
 
 _WARMUPS = (
