@@ -69,7 +69,7 @@ def training_memory(config: TrainingConfig, teacher: BackboneConfig | None, imag
         {"teacher's logits and targets": _target_making(config, teacher, images_per_worker)},
         held | {"gradients of logits": _loss_gradients(config, teacher, images_per_worker)},
         after_losses | {"gradients inside a block": _block_gradients(config, teacher, images_per_worker)},
-        {"optimizer temporaries": state["weights"]},  # gradients in one flat buffer, then AdamW's square roots
+        {"optimizer temporaries": state["weights"]},  # gradients in one flat buffer; one rank alone needs none
     ]
     fullest = max(moments, key=lambda moment: sum(moment.values()))
     step = {**fullest, "crops in float32": 3.0 * _FLOAT32 * images_per_worker * _pixels_per_image(config)}
