@@ -15,7 +15,6 @@ from torch.profiler import ProfilerActivity, profile
 from heliostat.config import apply_overrides, validate
 from heliostat.data.batch import Batch
 from heliostat.models.config import BackboneConfig
-from heliostat.training import losses, memory
 from heliostat.training.costs import num_parameters
 from heliostat.training.distillation import Distillation
 from heliostat.training.memory import GIB, Memory, held_for_backward, training_memory
@@ -144,10 +143,6 @@ def peak_bytes(work: Callable[[], object]) -> int:
 def test_what_a_step_keeps_for_its_backward_pass_is_what_the_formula_says(name: str) -> None:
     config = pretrain(*SETTINGS[name])
     assert held(config) == pytest.approx(bytes_held(config), rel=0.01)
-
-
-def test_the_formula_and_the_losses_work_with_blocks_of_one_size() -> None:
-    assert memory._BLOCK_LOGITS == losses._BLOCK_LOGITS
 
 
 def test_several_students_hold_what_each_holds_and_one_teacher() -> None:
