@@ -12,7 +12,12 @@ from heliostat.errors import DataError
     [
         (7, 0, torch.zeros(7, 4, dtype=torch.bool), "7 global crops are not 2 for each image"),
         (8, 6, torch.zeros(8, 4, dtype=torch.bool), "6 local crops are not as many for each of 4 images"),
-        (8, 8, torch.zeros(4, 4, dtype=torch.bool), r"masks are torch.bool of shape \(4, 4\); give bool, one row for each of 8"),
+        (
+            8,
+            8,
+            torch.zeros(4, 4, dtype=torch.bool),
+            r"masks are torch.bool of shape \(4, 4\); give bool, one row for each of 8",
+        ),
         (8, 8, torch.zeros(8, 4, dtype=torch.int32), r"masks are torch.int32 of shape \(8, 4\)"),
         (8, 8, torch.zeros(8, 2, 2, dtype=torch.bool), r"masks are torch.bool of shape \(8, 2, 2\)"),
     ],

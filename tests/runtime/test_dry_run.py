@@ -89,10 +89,11 @@ def test_the_printed_parameters_are_those_of_the_modules(stage: str) -> None:
     assert run_lines(run)[0] == f"parameters  {backbone:,} in the backbone, {head:,} in the heads"
 
 
-def test_a_dry_run_imports_neither_torch_nor_ray() -> None:
+@pytest.mark.parametrize("recipe", ["vitl14", "distill_vitg14"])
+def test_a_dry_run_imports_neither_torch_nor_ray(recipe: str) -> None:
     code = (
         "import sys; from heliostat.cli import main\n"
-        "assert main(['run', 'vitl14', '--dry-run']) == 0\n"
+        f"assert main(['run', '{recipe}', '--dry-run']) == 0\n"
         "print('IMPORTED', *sorted(name for name in sys.modules if '.' not in name))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

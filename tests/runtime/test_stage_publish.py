@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from random_backbone import random_model, tiny_config
 
 from heliostat.artifacts import ArtifactRef, verify
@@ -95,6 +96,47 @@ def test_a_recipe_whose_release_could_not_be_made_is_refused_before_it_trains(mo
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"needs transformers: pip install 'heliostat\[export\]'"):
         check_publish(read_recipe("laptop", ("publish.formats=[huggingface]",)))
+
+
+TWO_STUDENTS = "distill.students={small: {embed_dim: 64, depth: 2, num_heads: 2, patch_size: 8, img_size: 32}, "
+TWO_STUDENTS += "large: {embed_dim: 128, depth: 2, num_heads: 2, patch_size: 8, img_size: 32, proj_bias: false}}"
+
+
+@pytest.mark.parametrize("formats", ["[fair]", "[fair,huggingface]"])
+def test_several_students_of_which_none_is_chosen_are_refused_at_once(
+    formats: str, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    from heliostat.cli import main
+
+    text = (Path(__file__).parents[2] / "platform/heliostat/recipes/laptop.yaml").read_text(encoding="utf-8")
+    own = yaml.safe_load(text)
+    del own["distill"]["student"]
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    words = ["run", "own.yaml", TWO_STUDENTS, f"publish.formats={formats}"]
+    for more in ([], ["--dry-run"]):
+        assert main([*words, *more]) == 2
+        assert capsys.readouterr().err == (
+            "heliostat: recipe demo makes several students (model/demo-small@1, model/demo-large@1); "
+            "give publish.model=... to choose one\n"
+        )
+    assert main([*words, "--dry-run", "publish.model=model/demo-small@1"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["own.yaml"]
+    capsys.readouterr()
+    chosen = main([*words, "--dry-run", "publish.model=model/demo-large@1"])
+    assert chosen == (2 if "huggingface" in formats else 0)
+
+
+def test_the_backbone_of_a_phase_is_the_one_that_is_checked() -> None:
+    from heliostat.runtime.recipe import read_recipe
+
+    recipe = read_recipe("vitl14")
+    assert recipe.backbone_of(recipe.final_model).img_size == 518
+    assert recipe.backbone_of(recipe.ref("model")) == recipe.pretrain.student
+    assert recipe.backbone_of(ArtifactRef("model", "other", "1")) is None
+    laptop = read_recipe("laptop")
+    for suffix in ("-student", "-student-scratch"):
+        assert laptop.backbone_of(laptop.ref("model", suffix)) == laptop.distill.student
 
 
 def test_the_command_says_so_before_it_starts_anything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,5 @@
 """What a recipe will cost, from formulas: images, parameters, operations, time, memory. Imports neither torch nor Ray."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from heliostat.models.config import BackboneConfig
 from heliostat.models.flops import num_backbone_parameters
 from heliostat.runtime.recipe import Recipe, read_recipe
 from heliostat.runtime.sweep_grid import trial_configs
+from heliostat.runtime.weight_names import names_artifact
 from heliostat.storage import open_store
 from heliostat.training.costs import flops_per_image, head_training_flops_per_image, num_images, num_parameters
 from heliostat.training.memory import GIB, Memory, training_memory
@@ -111,7 +111,7 @@ def _teacher_head_runs(config: TrainingConfig, teacher: BackboneConfig | None) -
     """The training of heads on public weights, which the stage leaves out where the weights bring heads."""
     if not isinstance(config, DistillConfig) or teacher is None or not config.teacher_head_steps:
         return []
-    if not config.teacher or _is_artifact(config.teacher):
+    if not config.teacher or names_artifact(config.teacher):
         return []
     notes = (
         "falls away where the weights bring heads; memory is not counted",
@@ -124,7 +124,7 @@ def _init_notes(recipe: Recipe, config: TrainingConfig) -> tuple[str, ...]:
     weights = config.init.weights if isinstance(config, PretrainConfig) else ""
     if not weights or _exists(recipe, weights):
         return ()
-    missing = f"is not in {recipe.store} yet" if _is_artifact(weights) else "is no file here yet"
+    missing = f"is not in {recipe.store} yet" if names_artifact(weights) else "is no file here yet"
     return (f"init.weights={weights} {missing}",)
 
 
@@ -132,7 +132,7 @@ def _teacher(recipe: Recipe, config: DistillConfig) -> tuple[BackboneConfig, tup
     """The teacher of a distillation, from the recipe, the store, or the shipped recipe of that name, with notes."""
     if not config.teacher and recipe.pretrain is not None:
         return recipe.pretrain.student, ()
-    if config.teacher and not _is_artifact(config.teacher):
+    if config.teacher and not names_artifact(config.teacher):
         largest = max(config.backbones.values(), key=num_backbone_parameters)
         return largest, (f"teacher {config.teacher} is not read here; it is counted as large as the largest student",)
     ref = ArtifactRef.parse(config.teacher) if config.teacher else recipe.ref("model")
@@ -148,13 +148,8 @@ def _teacher(recipe: Recipe, config: DistillConfig) -> tuple[BackboneConfig, tup
     return shipped.student, (note,)
 
 
-def _is_artifact(name: str) -> bool:
-    """Whether a name of weights is meant as an artifact rather than as a file or a folder."""
-    return re.match(r"^[a-z]+/[^/@]+@[^/@]+$", name) is not None
-
-
 def _exists(recipe: Recipe, weights: str) -> bool:
-    if _is_artifact(weights):
+    if names_artifact(weights):
         return ArtifactStore(open_store(recipe.store)).find(ArtifactRef.parse(weights)) is not None
     return Path(weights).expanduser().exists()
 
