@@ -91,6 +91,6 @@ class TrainingStep:
 
     def __call__(self, batch: Batch) -> None:
         """One step; RuntimeError when it was skipped, since that measures nothing."""
-        result = train_step(self.model, self._optimizer, self._engine, normalise(batch), VALUES, world=self._world)
+        result = train_step(self.model, self._optimizer, self._engine, normalise(batch), VALUES)
         if result.not_finite:
             raise RuntimeError(f"not finite on random pixels: {', '.join(result.not_finite)}")

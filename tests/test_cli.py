@@ -123,6 +123,9 @@ def test_help_and_version_import_nothing_heavy(command: list[str]) -> None:
         (["why", "curated/demo@1"], "heliostat why takes a curated artifact and an image id or source"),
         (["artifacts", "stor=x"], "unknown key: stor. This verb takes store="),
         (["artifacts", "store=gs://bucket/x"], "store scheme gs:// is not known; use a local path or s3://bucket/prefix"),
+        (["run", "laptop", "pretrain.init.weights=./none.pth"], "no weights at ./none.pth; give model/name@version, a file ("),
+        (["run", "laptop", "distill.teacher=none.pth"], "no weights at none.pth; give model/name@version, a file ("),
+        (["run", "laptop", "distill.teacher=s3://bucket/g.pth"], "s3://bucket/g.pth: weights are read from a local file"),
         (["pretrain", "laptop", "data=photos/1"], "'photos/1' is not an artifact; write kind/name@version"),
         (["pretrain", "data=raw/demo@1"], "data=raw/demo@1 is an artifact: name the recipe that trains on it"),
     ],
@@ -225,6 +228,12 @@ def test_a_missing_input_is_named_with_the_verb_that_makes_it(capsys, tmp_path: 
     assert status == 1
     assert f"no artifact {missing} in store; `heliostat {made_by}` makes it, run that first" in error
     assert not (tmp_path / "store").exists()
+
+
+def test_weights_that_are_an_artifact_may_be_made_by_the_run_and_are_looked_for_when_they_are_needed(capsys) -> None:
+    status, error = refused(capsys, "distill", "laptop", "store=store", "teacher=model/later@1")
+    assert status == 1
+    assert "no artifact curated/demo@1 in store" in error
 
 
 @pytest.mark.parametrize("verb", ["lineage", "why"])

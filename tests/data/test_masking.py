@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from heliostat.data.masking import MaskSettings, batch_masks, block_mask
+from heliostat.data.masking import MaskSettings, _add_block, _generator, batch_masks, block_mask
 from heliostat.errors import ConfigError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "schedules.npz"
@@ -55,6 +55,21 @@ def test_ranks_draw_their_rows_of_the_whole_batch(num_ranks: int) -> None:
         own = range(rank * share, (rank + 1) * share)
         masks = batch_masks(MaskSettings(14), (16, 16), 8, seed=3, step=5, own=own)
         assert (masks.reshape(2, share, 256) == whole[:, own.start : own.stop]).all()
+
+
+@pytest.mark.parametrize(("grid", "largest"), [(7, 21), (16, 128), (37, 666)])
+def test_no_block_covers_more_than_half_of_the_grid_as_the_reference_rounds_it(grid: int, largest: int) -> None:
+    rng = np.random.default_rng(0)
+    first_blocks = []
+    for _ in range(400):
+        mask = np.zeros((grid, grid), dtype=np.bool_)
+        first_blocks.append(_add_block(mask, grid // 2 * grid, rng))
+    assert max(first_blocks) <= largest == grid // 2 * grid
+
+
+def test_no_two_draws_share_a_stream() -> None:
+    keys = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (2**32, 0, 0), (0, 2**32, 0), (0, 1, 1)]
+    assert len({_generator(*key).bytes(16) for key in keys}) == len(keys)
 
 
 def test_no_two_crops_of_a_batch_have_the_same_mask() -> None:

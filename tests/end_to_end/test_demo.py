@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500)]
 ARTIFACTS = [
     "curated/demo@1",
     "model/demo@1",
+    "model/demo-student-scratch@1",
     "model/demo-student@1",
     "raw/demo@1",
     "raw/demo-curated@1",
@@ -93,11 +94,16 @@ def test_the_report_holds_table_curves_and_pictures(finished) -> None:
         ("random weights", "colour"),
         ("teacher", "colour"),
         ("student", "colour"),
+        ("student from scratch", "colour"),
         ("raw pixels", "grey"),
         ("luminance histogram", "grey"),
         ("random weights", "grey"),
     }
     assert all(0 <= row["knn"] <= 1 and 0 <= row["linear"] <= 1 for row in rows)
+    knn = {row["name"]: row["knn"] for row in rows if row["version"] == "colour"}
+    (against,) = report.read_json("results.json")["scratch"]
+    assert against["knn_points"] == pytest.approx(100 * (knn["student"] - knn["student from scratch"]))
+    assert f"k-NN {against['knn_points']:+.1f} points" in page
 
 
 def test_lineage_runs_from_the_release_to_the_raw_images(finished) -> None:

@@ -107,3 +107,17 @@ def test_an_unknown_layout_is_refused_with_its_first_keys_and_the_known_ones():
         detect_layout(["fc.weight", "conv1.weight"], "net.pth")
     with pytest.raises(CheckpointError, match=r"keys a, b, c, d, \.\.\. are"):
         detect_layout("fedcba", "letters")
+
+
+def test_a_head_of_one_layer_has_the_names_of_the_reference():
+    from heliostat.models.config import HeadConfig
+    from heliostat.models.heads import ProjectionHead
+
+    one, three = (ProjectionHead(8, HeadConfig(out_dim=6, hidden_dim=5, bottleneck_dim=4, nlayers=n)) for n in (1, 3))
+    ours = {f"student.dino_head.{key}": value for key, value in one.state_dict().items()}
+    ours |= {f"student.ibot_head.{key}": value for key, value in three.state_dict().items()}
+    fair = to_fair_names(ours)
+    assert {"student.dino_head.mlp.weight", "student.dino_head.mlp.bias", "student.ibot_head.mlp.0.weight"} <= fair.keys()
+    again = from_fair_names(fair)
+    assert again.keys() == ours.keys()
+    assert all(torch.equal(again[key], value) for key, value in ours.items())

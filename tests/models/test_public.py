@@ -185,6 +185,8 @@ def test_a_folder_of_another_model_is_refused_by_name(tmp_path, model_type):
         ({"architecture": "vit_base_patch16_224"}, "timm's vit_base_patch16_224; only its vit_"),
         ({"architecture": "vit_small_patch14_dinov2", "model_args": {"act_layer": "relu"}}, "sets act_layer, which may change"),
         ({"architecture": {"arch": "vit_small", "wdith": 3}}, "unknown key: wdith"),
+        ({"architecture": "vit_small_patch14_dinov2", "model_args": 5}, "model_args of type int; expected a JSON object"),
+        ({"architecture": "vit_small_patch14_dinov2", "model_args": {"num_heads": True}}, "num_heads True; expected a whole"),
         ([], "holds a list; expected a JSON object"),
     ],
 )
@@ -249,6 +251,7 @@ def test_our_model_artifact_and_the_files_of_our_release_are_folders_like_any_ot
     backbone, info = read_backbone_files(LocalStore(tmp_path / "model"), "model")
     assert found.config == info.backbone
     assert {key.partition(".")[0] for key in found.heads} == {"dino_head", "ibot_head", "dino_targets", "ibot_targets"}
+    assert found.notes == ()
     assert difference(backbone, backbone_of(found), random_images(found.config)) == 0.0
     (tmp_path / "release").mkdir()
     save_file(to_fair_names(backbone.state_dict()), tmp_path / "release" / "model.safetensors")

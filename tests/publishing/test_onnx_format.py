@@ -6,13 +6,13 @@ import re
 import onnxruntime
 import pytest
 import torch
-from random_backbone import VARIANTS, info_of, random_backbone, random_images, tiny_config
+from random_backbone import info_of, random_backbone, random_images, tiny_config
 
 from heliostat.publishing import onnx_format
 from heliostat.publishing.formats import Tokens, largest_difference
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(scope="module", params=["mlp", "swiglu_registers"])  # an export takes seconds
 def written(request, tmp_path_factory):
     config = tiny_config(request.param)
     backbone = random_backbone(config)
@@ -40,12 +40,18 @@ def test_the_description_names_inputs_and_outputs_of_the_graph(written):
     assert description["mean"] == [0.4, 0.5, 0.6]
 
 
-def test_the_graph_holds_nothing_of_the_machine_that_wrote_it_and_the_same_bytes_come_again(written, tmp_path):
-    config, backbone, folder = written
+def test_the_graph_holds_nothing_of_the_machine_that_wrote_it(written):
+    _, _, folder = written
     data = (folder / "model.onnx").read_bytes()
     assert not re.search(rb"stack_trace|\.py\b|/home|/root|/tmp|heliostat", data)
-    onnx_format.write(backbone, info_of(config), tmp_path)
-    assert (tmp_path / "model.onnx").read_bytes() == data
+
+
+def test_the_same_backbone_gives_the_same_bytes(tmp_path):
+    config = tiny_config("swiglu_registers", depth=1)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        onnx_format.write(random_backbone(config), info_of(config), tmp_path / name)
+    assert (tmp_path / "a" / "model.onnx").read_bytes() == (tmp_path / "b" / "model.onnx").read_bytes()
 
 
 def test_large_weights_lie_in_a_file_of_their_own(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 from heliostat.artifacts import ArtifactRef, ArtifactStore
 from heliostat.cli import main
 from heliostat.config import shipped_recipes
+from heliostat.models.flops import backbone_forward_flops, head_forward_flops
 from heliostat.models.heads import ProjectionHead
 from heliostat.models.vit import VisionTransformer
 from heliostat.runtime.dry_run import TrainingRun, cost_lines, run_lines, training_runs
@@ -32,6 +33,7 @@ PARAMETERS = {
     ("distill_vitg14", "distill"): [22_058_112 - GRID * 384, 86_583_552 - GRID * 768, 304_372_736 - GRID * 1024],
     ("laptop", "pretrain"): [622_976],
     ("laptop", "distill"): [164_032],
+    ("laptop", "distill, student from scratch"): [164_032],
 }
 
 
@@ -62,7 +64,8 @@ def test_every_shipped_recipe_resolves_and_prints_the_figures_of_its_networks(na
         assert shown == PARAMETERS[name, run.name]
         assert f"{train.steps:,} steps of {train.global_batch_size:,} images on " in block
         assert f"{train.steps * train.global_batch_size:,} images seen" in block
-        assert ("A100-hours" in block) == bool(re.search("fits (40|80) GB", block)) == run.config.scaling.use_gpu
+        assert ("A100-hours" in block) == run.config.scaling.use_gpu
+        assert (re.search(r"per GPU: fits (40|80) GB\n", block) is not None) == run.config.scaling.use_gpu
     assert list(tmp_path.iterdir()) == []
 
 
@@ -80,16 +83,17 @@ def test_every_training_run_of_the_shipped_recipes_has_its_figure_here() -> None
 @pytest.mark.parametrize("stage", ["pretrain", "distill"])
 def test_the_printed_parameters_are_those_of_the_modules(stage: str) -> None:
     recipe = read_recipe("laptop", ("pretrain.student.embed_dim=256", "distill.student.embed_dim=192"))
-    (run,) = training_runs(recipe, stage)
+    run = training_runs(recipe, stage)[0]
     backbone = count(VisionTransformer(run.config.student))
     head = count(ProjectionHead(run.config.student.embed_dim, run.config.method.dino.head))
     assert run_lines(run)[0] == f"parameters  {backbone:,} in the backbone, {head:,} in the heads"
 
 
-def test_a_dry_run_imports_neither_torch_nor_ray() -> None:
+@pytest.mark.parametrize("recipe", ["vitl14", "distill_vitg14"])
+def test_a_dry_run_imports_neither_torch_nor_ray(recipe: str) -> None:
     code = (
         "import sys; from heliostat.cli import main\n"
-        "assert main(['run', 'vitl14', '--dry-run']) == 0\n"
+        f"assert main(['run', '{recipe}', '--dry-run']) == 0\n"
         "print('IMPORTED', *sorted(name for name in sys.modules if '.' not in name))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -138,7 +142,28 @@ def test_a_teacher_of_unknown_size_is_refused_and_public_weights_are_counted_as_
     assert main(["distill", "distill_vitg14", "teacher=./g.pth", "teacher_head_steps=500", "--dry-run"]) == 0
     output = capsys.readouterr().out
     assert "teacher ./g.pth is not read here; it is counted as large as the largest student" in output
-    assert "500 steps that train heads on the teacher come first and are not counted" in output
+    printed = blocks(output)
+    assert list(printed) == ["distill, heads on the teacher", "distill", "together"]
+    assert "500 steps of 2,048 images on 256 GPUs" in printed["distill, heads on the teacher"]
+    assert "memory  " not in printed["distill, heads on the teacher"]
+
+
+def test_heads_on_a_teacher_cost_no_backward_pass_of_its_backbone() -> None:
+    words = ("distill.teacher=./g.pth", "distill.teacher_head_steps=500", "distill.students={}")
+    heads, _ = training_runs(read_recipe("distill_vitg14", words), "distill")
+    teacher, method, crops = heads.config.student, heads.config.method, heads.config.crops
+    assert heads.config.train.steps == heads.config.init.head_warmup_steps == 500
+    forwards = 4 * backbone_forward_flops(teacher, 224) + crops.local_crops_number * backbone_forward_flops(teacher, 98)
+    rows = 2 * 256 * method.ibot.mask_sample_probability * sum(method.ibot.mask_ratio_min_max) / 2
+    head = head_forward_flops(teacher.embed_dim, method.dino.head), head_forward_flops(teacher.embed_dim, method.ibot.head)
+    student_heads = 3 * ((2 + crops.local_crops_number) * head[0] + rows * head[1])
+    assert heads.flops_per_image == pytest.approx(forwards + student_heads + 2 * head[0] + rows * head[1])
+    assert heads.flops == heads.flops_per_image * 500 * 2048
+
+
+def test_a_teacher_that_is_an_artifact_has_its_heads() -> None:
+    runs = training_runs(read_recipe("distill_vitg14", ("distill.teacher_head_steps=500",)), "distill")
+    assert [run.name for run in runs] == ["distill"]
 
 
 def test_students_without_their_teacher_are_runs_of_their_own() -> None:

@@ -15,7 +15,6 @@ from torch.profiler import ProfilerActivity, profile
 from heliostat.config import apply_overrides, validate
 from heliostat.data.batch import Batch
 from heliostat.models.config import BackboneConfig
-from heliostat.training import losses, memory
 from heliostat.training.costs import num_parameters
 from heliostat.training.distillation import Distillation
 from heliostat.training.memory import GIB, Memory, held_for_backward, training_memory
@@ -58,6 +57,10 @@ def distill(*overrides: str) -> DistillConfig:
     shared = {key: value for key, value in SMALL.items() if key != "student"}
     students = {"one": SMALL["student"], "two": {**SMALL["student"], "embed_dim": 64, "ffn_layer": "swiglufused"}}
     return validate(DistillConfig, apply_overrides({**shared, "students": students}, overrides), "small")
+
+
+def distill_one(*overrides: str) -> DistillConfig:
+    return validate(DistillConfig, apply_overrides(SMALL, overrides), "small")
 
 
 def batch_of(config: TrainingConfig) -> Batch:
@@ -142,10 +145,6 @@ def test_what_a_step_keeps_for_its_backward_pass_is_what_the_formula_says(name: 
     assert held(config) == pytest.approx(bytes_held(config), rel=0.01)
 
 
-def test_the_formula_and_the_losses_work_with_blocks_of_one_size() -> None:
-    assert memory._BLOCK_LOGITS == losses._BLOCK_LOGITS
-
-
 def test_several_students_hold_what_each_holds_and_one_teacher() -> None:
     assert held(distill()) == pytest.approx(bytes_held(distill()), rel=0.01)
 
@@ -156,9 +155,12 @@ def test_several_students_hold_what_each_holds_and_one_teacher() -> None:
         pretrain("train.global_batch_size=8", "student.depth=6", "student.embed_dim=192"),
         pretrain("train.global_batch_size=8", "student.depth=6", "method.drop_path_rate=0.4", "train.compute_dtype=float32"),
         pretrain("method.dino.head_n_prototypes=16384", "method.ibot.head_n_prototypes=16384", "student.depth=1"),
+        pretrain("method.dino.head_n_prototypes=32768", "method.ibot.head_n_prototypes=32768", "train.global_batch_size=16"),
+        pretrain("method.dino.head_n_prototypes=16384", "method.ibot.separate_head=false", "crops.local_crops_number=12"),
         distill("method.dino.head_n_prototypes=4096", "method.ibot.head_n_prototypes=4096"),
+        distill_one("method.centering=centering", "method.ibot.head_n_prototypes=8192", "student.depth=1"),
     ],
-    ids=["activations", "float32", "logits", "distillation"],
+    ids=["activations", "float32", "logits", "logits in blocks", "shared head", "distillation", "targets"],
 )
 def test_the_fullest_moment_of_a_whole_step_is_estimated_within_a_twentieth(config: TrainingConfig) -> None:
     method, batch = method_of(config), batch_of(config)

@@ -70,6 +70,7 @@ def test_the_only_student_has_no_name():
         ("crops.global_crops_size=36", "crops.global_crops_size 36 is not divisible by student.patch_size 8; use 32 or 40"),
         ("crops.local_crops_size=20", "crops.local_crops_size 20 is not divisible by student.patch_size 8; use 16 or 24"),
         ("method.dino.head_n_prototypes=0", "method.dino.head_n_prototypes=0: input should be greater than or equal to 2"),
+        ("student.in_chans=1", "student.in_chans 1 does not fit the crops, which are RGB; use 3"),
         ("init.head_warmup_steps=3", "head_warmup_steps 3 needs init.weights"),
         ("init={weights: w.pth, head_warmup_steps: 9}", "init.head_warmup_steps 9 exceeds the run of 8 steps; use at most 8"),
         (

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from heliostat.data.batch import Batch
+from heliostat.errors import DataError
 from heliostat.models.config import BackboneConfig
 from heliostat.training.config import DinoConfig, IbotConfig, MethodConfig, OptimConfig, TeacherConfig
 from heliostat.training.engine import World, build_engine
@@ -74,7 +75,7 @@ def steps_of(model, rank, size):
     optimizer, engine = make_engine(model, world)
     losses, norms = [], []
     for step in range(3):
-        result = train_step(model, optimizer, engine, batch_of(step, rank, size), values_of(step), world=world)
+        result = train_step(model, optimizer, engine, batch_of(step, rank, size), values_of(step))
         losses.append({name: float(loss) for name, loss in result.losses.items()})
         norms.append(result.gradient_norms)
     return losses, norms, model.state_dict()
@@ -143,3 +144,12 @@ def test_a_frozen_backbone_has_no_gradient_and_does_not_move():
     assert result.gradient_norms["backbone"] == 0
     assert moved
     assert all(".dino_head." in key or ".ibot_head." in key for key in moved)
+
+
+def test_crops_in_bytes_are_refused():
+    model = make_model()
+    optimizer, engine = make_engine(model, World())
+    batch = batch_of(0, 0, 1)
+    raw = Batch(batch.global_crops.to(torch.uint8), batch.local_crops.to(torch.uint8), batch.masks)
+    with pytest.raises(DataError, match=r"crops are torch\.uint8; normalise them first"):
+        train_step(model, optimizer, engine, raw, values_of(0))

@@ -17,7 +17,6 @@ from heliostat.errors import ConfigError
 
 _MIN_BLOCK_PATCHES = 4  # BEiT and DINOv2
 _MIN_BLOCK_ASPECT_RATIO = 0.3  # BEiT and DINOv2; the largest is its inverse
-_MAX_BLOCK_GRID_RATIO = 0.5  # DINOv2: no block covers more than half of the grid
 _TRIES_PER_BLOCK = 10
 _MASK_STREAM = 0x6D61736B  # keeps the mask draws apart from every other use of the same seed
 
@@ -55,7 +54,7 @@ class MaskSettings:
 def block_mask(grid_hw: tuple[int, int], num_masked: int, rng: np.random.Generator) -> npt.NDArray[np.bool_]:
     """Draw one mask of shape grid_hw with at most, and nearly always about, `num_masked` True patches."""
     mask = np.zeros(grid_hw, dtype=np.bool_)
-    max_block = int(_MAX_BLOCK_GRID_RATIO * grid_hw[0] * grid_hw[1])
+    max_block = grid_hw[0] // 2 * grid_hw[1]  # DINOv2: no block covers more than half of the rows' patches
     covered = 0
     while covered < num_masked:
         added = _add_block(mask, min(num_masked - covered, max_block), rng)
@@ -97,7 +96,7 @@ def batch_masks(
     own = range(num_images) if own is None else own
     num_crops, num_patches = NUM_GLOBAL_CROPS * num_images, grid_hw[0] * grid_hw[1]
     num_with_mask = int(num_crops * settings.mask_sample_probability)
-    rng = _generator(seed, step)
+    rng = _generator(seed, step, 0)
     edges = np.linspace(*settings.mask_ratio_min_max, num_with_mask + 1)
     ratios = np.zeros(num_crops)
     ratios[rng.permutation(num_crops)[:num_with_mask]] = edges[:-1] + rng.random(num_with_mask) * np.diff(edges)
@@ -106,9 +105,11 @@ def batch_masks(
     for row, crop in enumerate(crops):
         num_masked = int(num_patches * ratios[crop])
         if num_masked:
-            masks[row] = block_mask(grid_hw, num_masked, _generator(seed, step, crop)).reshape(-1)
+            masks[row] = block_mask(grid_hw, num_masked, _generator(seed, step, 1 + crop)).reshape(-1)
     return masks
 
 
-def _generator(*key: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence((_MASK_STREAM, *key))))
+def _generator(seed: int, step: int, draw: int) -> np.random.Generator:
+    # Every number as two words: SeedSequence pads with zeros, so keys of different lengths could be the same stream.
+    words = np.array((_MASK_STREAM, seed, step, draw), np.uint64).view(np.uint32)
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(words.tolist())))

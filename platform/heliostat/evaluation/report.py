@@ -48,14 +48,14 @@ def loss_curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
         for position, (role, rows) in enumerate(histories.items()):
             axes = figure.add_subplot(lines, columns, position + 1)
             for name in _LOSSES:
-                for suffix, style in (("", "-"), ("_at_uniform", "--")):
-                    values = [(row["step"], row[name + suffix]) for row in rows if name + suffix in row]
-                    if values and not suffix:
-                        color = axes.plot(*zip(*values, strict=True), label=name.removeprefix("train/"), linewidth=1.4)[
-                            0
-                        ].get_color()
-                    elif values:
-                        axes.plot(*zip(*values, strict=True), style, color=color, linewidth=0.9, alpha=0.7)
+                values = [(row["step"], row[name]) for row in rows if name in row]
+                if not values:
+                    continue
+                marker = "o" if len(values) == 1 else ""  # a run with a single record has no line
+                (line,) = axes.plot(*zip(*values, strict=True), marker=marker, label=name.removeprefix("train/"), linewidth=1.4)
+                bound = [(row["step"], row[f"{name}_at_uniform"]) for row in rows if f"{name}_at_uniform" in row]
+                if bound:
+                    axes.plot(*zip(*bound, strict=True), "--", color=line.get_color(), linewidth=0.9, alpha=0.7)
             axes.set_title(role)
             axes.set_xlabel("step")
             axes.set_ylabel("nats")

@@ -36,11 +36,14 @@ _FAIR_TO_OURS = _rules(
     (r"(^|\.)blocks\.\d+\.(\d+)\.", r"\1blocks.\2."),
     (r"(^|\.)last_layer\.weight_g$", r"\1last_layer.parametrizations.weight.original0"),
     (r"(^|\.)last_layer\.weight_v$", r"\1last_layer.parametrizations.weight.original1"),
+    (r"(^|\.)((?:dino|ibot)_head)\.mlp\.(weight|bias)$", r"\1\2.mlp.0.\3"),  # a head of one layer has no list of them
 )
 _OURS_TO_FAIR = _rules(
     (r"(^|\.)last_layer\.parametrizations\.weight\.original0$", r"\1last_layer.weight_g"),
     (r"(^|\.)last_layer\.parametrizations\.weight\.original1$", r"\1last_layer.weight_v"),
 )
+
+_FIRST_LAYER = re.compile(r"^((?:.*\.)?(?:dino|ibot)_head\.mlp)\.0\.(weight|bias)$")
 
 # The names on disk. transformers 5 calls some parameters otherwise in memory (q_proj, gate_proj), and a state dict saved with
 # torch.save has those; save_pretrained writes the names on disk.
@@ -106,7 +109,11 @@ def from_fair_names(state: Mapping[str, Tensor]) -> State:
 
 def to_fair_names(state: Mapping[str, Tensor]) -> State:
     """Rename our keys to those of DINOv2's released files (blocks numbered once)."""
-    return _rename(state, _OURS_TO_FAIR)
+    renamed = _rename(state, _OURS_TO_FAIR)
+    single = {match[1] for key in renamed if (match := _FIRST_LAYER.match(key)) and f"{match[1]}.2.weight" not in renamed}
+    return {
+        _FIRST_LAYER.sub(r"\1.\2", key) if key.rpartition(".0.")[0] in single else key: value for key, value in renamed.items()
+    }
 
 
 def from_huggingface_names(state: Mapping[str, Tensor]) -> State:

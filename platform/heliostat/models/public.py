@@ -172,6 +172,8 @@ def _timm_heads(config: Mapping[str, Any], path: Path) -> int | None:
     architecture, arguments = config["architecture"], config.get("model_args") or {}
     if "dinov2" not in str(architecture):
         raise CheckpointError(f"{path} is of timm's {architecture}; only its vit_*_dinov2 models are read")
+    if not isinstance(arguments, dict):
+        raise CheckpointError(f"{path} has model_args of type {type(arguments).__name__}; expected a JSON object")
     if unknown := sorted(set(arguments) - _TIMM_SIZES):
         raise CheckpointError(f"{path} sets {', '.join(unknown)}, which may change what the model computes; it cannot be read")
     return _count(arguments.get("num_heads"), "model_args.num_heads", path)
@@ -189,14 +191,14 @@ def _huggingface_heads(config: Mapping[str, Any], path: Path) -> int | None:
 
 
 def _count(value: object, key: str, path: Path) -> int | None:
-    if value is None or (isinstance(value, int) and value > 0):
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
         return value
     raise CheckpointError(f"{path} has {key} {value!r}; expected a whole number above 0")
 
 
 def _read_shards(path: Path) -> tuple[State, tuple[Path, ...]]:
-    """The tensors of model.safetensors, or of the files that its index names."""
-    if not (path / _INDEX).is_file():
+    """The tensors of model.safetensors (which transformers prefers as well), or else of the files that its index names."""
+    if (path / WEIGHTS).is_file() or not (path / _INDEX).is_file():
         return read_weights(path / WEIGHTS)[0], (path / WEIGHTS,)
     weight_map = _read_json(path / _INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):

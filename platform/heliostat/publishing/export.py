@@ -1,15 +1,16 @@
 """A model artifact -> files that others can load, each format read back by its own library and compared before it counts."""
 
-import importlib.metadata
+import contextlib
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from heliostat.artifacts import Artifact
-from heliostat.errors import ConfigError, PublishError, UsageError
+from heliostat.errors import ConfigError, HeliostatError, PublishError, UsageError
 from heliostat.models.config import BackboneConfig
 from heliostat.models.stored import BACKBONE, read_backbone
 from heliostat.publishing import fair_format, huggingface_format, onnx_format, timm_format
@@ -57,8 +58,10 @@ def export_formats(model: Artifact, config: PublishConfig, folder: Path) -> dict
     for name in config.formats:
         there = folder / FORMATS[name].FOLDER
         there.mkdir(exist_ok=True)
-        FORMATS[name].write(backbone, info, there)
-        difference = largest_difference(ours, FORMATS[name].read_back(there, images_BCHW))
+        with _failures_of(name, str(model.ref)):
+            FORMATS[name].write(backbone, info, there)
+            theirs = FORMATS[name].read_back(there, images_BCHW)
+        difference = largest_difference(ours, theirs)
         if not difference <= config.parity_tolerance:  # NaN passes no comparison
             raise PublishError(
                 f"{name} of {model.ref} gives features that differ by {difference:g}, the limit publish.parity_tolerance is "
@@ -69,11 +72,26 @@ def export_formats(model: Artifact, config: PublishConfig, folder: Path) -> dict
     return differences
 
 
+@contextlib.contextmanager
+def _failures_of(name: FormatName, ref: str) -> Iterator[None]:
+    """Turn whatever a library raises into one line; the cause stays attached for --debug."""
+    try:
+        yield
+    except HeliostatError:
+        raise
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise PublishError(
+            f"{name} of {ref} cannot be written and read back: {type(error).__name__}: {first}; "
+            "are the libraries of the versions in constraints.txt? (--debug shows where)"
+        ) from error
+
+
 def _parity(config: PublishConfig, differences: Mapping[FormatName, float], shape: Sequence[int]) -> dict[str, object]:
     libraries = sorted({"torch", *(library for name in differences for library in FORMATS[name].LIBRARIES)})
     return {
         "largest_difference": dict(differences),
         "tolerance": config.parity_tolerance,
         "images": {"shape": list(shape), "pixels": "normal", "seed": SEED},
-        "libraries": {library: importlib.metadata.version(library) for library in libraries},
+        "libraries": {library: sys.modules[library].__version__ for library in libraries},  # all are imported by now
     }

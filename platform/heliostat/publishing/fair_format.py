@@ -11,7 +11,7 @@ from heliostat.models.public import CONFIG, WEIGHTS, read_public_weights
 from heliostat.models.stored import ModelInfo
 from heliostat.models.vit import VisionTransformer
 from heliostat.models.weights import load_state, write_weights
-from heliostat.publishing.formats import Tokens, preprocessing
+from heliostat.publishing.formats import Tokens
 
 FOLDER = ""
 LIBRARIES: tuple[str, ...] = ()
@@ -30,13 +30,9 @@ def write(backbone: VisionTransformer, info: ModelInfo, folder: Path) -> None:
 
 def config_json(info: ModelInfo) -> bytes:
     """What a loader must know: architecture and preprocessing."""
-    return (
-        json.dumps(
-            {"architecture": info.backbone.model_dump(mode="json"), "preprocessing": preprocessing(info)},
-            indent=1,
-        )
-        + "\n"
-    ).encode()
+    architecture = info.backbone.model_dump(mode="json")
+    pixels = {"mean": info.mean, "std": info.std, "image_size": info.backbone.img_size, "grayscale": info.grayscale}
+    return (json.dumps({"architecture": architecture, "preprocessing": pixels}, indent=1) + "\n").encode()
 
 
 def read_back(folder: Path, images_BCHW: Tensor) -> Tokens:

@@ -81,8 +81,3 @@ def largest_difference(ours: Tokens, theirs: Tokens) -> float:
         return float("inf")
     pairs = zip(ours, theirs, strict=True)
     return float(torch.stack([(one - other).detach().abs().max() for one, other in pairs if one.numel()]).max())
-
-
-def preprocessing(info: ModelInfo) -> dict[str, object]:
-    """What must be done to pixels before the backbone sees them, for our own files."""
-    return {"mean": info.mean, "std": info.std, "image_size": info.backbone.img_size, "grayscale": info.grayscale}

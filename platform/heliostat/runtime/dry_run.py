@@ -1,6 +1,5 @@
 """What a recipe will cost, from formulas: images, parameters, operations, time, memory. Imports neither torch nor Ray."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,18 @@ from heliostat.models.config import BackboneConfig
 from heliostat.models.flops import num_backbone_parameters
 from heliostat.runtime.recipe import Recipe, read_recipe
 from heliostat.runtime.sweep_grid import trial_configs
+from heliostat.runtime.weight_names import names_artifact
 from heliostat.storage import open_store
-from heliostat.training.costs import flops_per_image, num_images, num_parameters
+from heliostat.training.costs import flops_per_image, head_training_flops_per_image, num_images, num_parameters
 from heliostat.training.memory import GIB, Memory, training_memory
-from heliostat.training.recipe import DistillConfig, PretrainConfig, TrainingConfig, phase_config
+from heliostat.training.recipe import (
+    DistillConfig,
+    PretrainConfig,
+    TrainingConfig,
+    alone,
+    phase_config,
+    teacher_heads,
+)
 
 _PEAK_FLOPS = {"A100": 312e12, "H100": 989e12}  # dense bfloat16, from the makers' data sheets
 _UTILISATION = 0.35  # assumption: between the runs that _SOURCE names; not measured with our code, nor for H100
@@ -37,6 +44,7 @@ class TrainingRun:
     teacher: BackboneConfig | None = None
     notes: tuple[str, ...] = ()
     is_phase: bool = False
+    heads_only: bool = False
 
     @property
     def images_per_worker(self) -> int:
@@ -44,9 +52,14 @@ class TrainingRun:
         return self.config.train.global_batch_size // max(1, self.config.scaling.num_workers)
 
     @property
+    def flops_per_image(self) -> float:
+        """Operations of one step per image."""
+        return head_training_flops_per_image(self.config) if self.heads_only else flops_per_image(self.config, self.teacher)
+
+    @property
     def flops(self) -> float:
         """All operations of the run."""
-        return flops_per_image(self.config, self.teacher) * num_images(self.config)
+        return self.flops_per_image * num_images(self.config)
 
     @property
     def memory(self) -> Memory:
@@ -75,9 +88,9 @@ def cost_lines(recipe: Recipe, stages: Sequence[str]) -> list[str]:
 
 
 def training_runs(recipe: Recipe, stage: str) -> list[TrainingRun]:
-    """The runs of a stage: its own, one per phase, students without their teacher where those are asked for; trials.
+    """The runs of a stage: heads for its teacher, its own, one per phase, students without their teacher; or trials.
 
-    Raises ConfigError for a trial that cannot run and ArtifactNotFoundError for a teacher of unknown size.
+    Raises ConfigError for one that cannot run and ArtifactNotFoundError for a teacher of unknown size.
     """
     if stage == "sweep" and recipe.sweep is not None and recipe.pretrain is not None:
         return [TrainingRun("trial", config) for config in trial_configs(recipe.pretrain, recipe.sweep)]
@@ -85,54 +98,58 @@ def training_runs(recipe: Recipe, stage: str) -> list[TrainingRun]:
         return []
     config: TrainingConfig = getattr(recipe, stage)
     teacher, notes = _teacher(recipe, config) if isinstance(config, DistillConfig) else (None, _init_notes(recipe, config))
-    runs = [TrainingRun(stage, config, teacher, notes)]
+    runs = [*_teacher_head_runs(config, teacher), TrainingRun(stage, config, teacher, notes)]
     for phase in config.phases:
         runs.append(TrainingRun(f"{stage}, phase {phase.name}", phase_config(config, phase), teacher, is_phase=True))
     if isinstance(config, DistillConfig) and config.compare_with_scratch:
-        shared = {name: getattr(config, name) for name in TrainingConfig.model_fields}
         for name, student in config.backbones.items():
-            alone = TrainingConfig(**{**shared, "student": student, "phases": ()})
-            runs.append(TrainingRun(f"{stage}, {name or 'student'} from scratch", alone))
+            runs.append(TrainingRun(f"{stage}, {name or 'student'} from scratch", alone(config, student)))
     return runs
+
+
+def _teacher_head_runs(config: TrainingConfig, teacher: BackboneConfig | None) -> list[TrainingRun]:
+    """The training of heads on public weights, which the stage leaves out where the weights bring heads."""
+    if not isinstance(config, DistillConfig) or teacher is None or not config.teacher_head_steps:
+        return []
+    if not config.teacher or names_artifact(config.teacher):
+        return []
+    notes = (
+        "falls away where the weights bring heads; memory is not counted",
+        "counted are forward passes of the frozen backbone, student's and teacher's, and heads forward and backward",
+    )
+    return [TrainingRun("distill, heads on the teacher", teacher_heads(config, teacher), notes=notes, heads_only=True)]
 
 
 def _init_notes(recipe: Recipe, config: TrainingConfig) -> tuple[str, ...]:
     weights = config.init.weights if isinstance(config, PretrainConfig) else ""
     if not weights or _exists(recipe, weights):
         return ()
-    missing = f"is not in {recipe.store} yet" if _is_artifact(weights) else "is no file here yet"
+    missing = f"is not in {recipe.store} yet" if names_artifact(weights) else "is no file here yet"
     return (f"init.weights={weights} {missing}",)
 
 
 def _teacher(recipe: Recipe, config: DistillConfig) -> tuple[BackboneConfig, tuple[str, ...]]:
     """The teacher of a distillation, from the recipe, the store, or the shipped recipe of that name, with notes."""
-    steps = config.teacher_head_steps
-    notes = (f"{steps:,} steps that train heads on the teacher come first and are not counted",) if steps else ()
     if not config.teacher and recipe.pretrain is not None:
-        return recipe.pretrain.student, notes
-    if config.teacher and not _is_artifact(config.teacher):
+        return recipe.pretrain.student, ()
+    if config.teacher and not names_artifact(config.teacher):
         largest = max(config.backbones.values(), key=num_backbone_parameters)
-        return largest, (*notes, f"teacher {config.teacher} is not read here; it is counted as large as the largest student")
+        return largest, (f"teacher {config.teacher} is not read here; it is counted as large as the largest student",)
     ref = ArtifactRef.parse(config.teacher) if config.teacher else recipe.ref("model")
     found = ArtifactStore(open_store(recipe.store)).find(ref)
     if found is not None:
-        return validate(BackboneConfig, found.read_json("model.json")["backbone"], str(ref)), notes
+        return validate(BackboneConfig, found.read_json("model.json")["backbone"], str(ref)), ()
     shipped = read_recipe(ref.name).pretrain if ref.name in shipped_recipes() else None
     if shipped is None:
         raise ArtifactNotFoundError(
             f"no artifact {ref} in {recipe.store}; make it first or give distill.teacher=model/NAME@VERSION"
         )
     note = f"teacher {ref} is not in {recipe.store} yet; its size is that of the shipped recipe {ref.name}"
-    return shipped.student, (*notes, note)
-
-
-def _is_artifact(name: str) -> bool:
-    """Whether a name of weights is meant as an artifact rather than as a file or a folder."""
-    return re.match(r"^[a-z]+/[^/@]+@[^/@]+$", name) is not None
+    return shipped.student, (note,)
 
 
 def _exists(recipe: Recipe, weights: str) -> bool:
-    if _is_artifact(weights):
+    if names_artifact(weights):
         return ArtifactStore(open_store(recipe.store)).find(ArtifactRef.parse(weights)) is not None
     return Path(weights).expanduser().exists()
 
@@ -149,7 +166,7 @@ def _headline(run: TrainingRun) -> str:
 
 def run_lines(run: TrainingRun) -> list[str]:
     """Lines about parameters, operations, time and memory of one training run."""
-    config, per_image = run.config, flops_per_image(run.config, run.teacher)
+    config, per_image = run.config, run.flops_per_image
     lines = [f"parameters  {_parameters_text(name, one, run)}" for name, one in config.backbones.items()]
     lines += [f"teacher     {num_parameters(run.teacher, config.method)[0]:,} in the backbone"] if run.teacher else []
     return [
@@ -157,7 +174,7 @@ def run_lines(run: TrainingRun) -> list[str]:
         *(f"note        {note}" for note in run.notes),
         f"compute     {_amount(per_image)} per image, {num_images(config):,} images seen: {_amount(run.flops)}",
         f"time        {_time_text([run], config.scaling.use_gpu, max(1, config.scaling.num_workers))}",
-        *_memory_lines(run),
+        *([] if run.heads_only else _memory_lines(run)),
     ]
 
 

@@ -10,10 +10,11 @@ from heliostat.curation.config import CurateConfig
 from heliostat.data.config import DecodeConfig, PhotographPoolConfig
 from heliostat.errors import UsageError
 from heliostat.evaluation.config import EvaluateConfig
+from heliostat.models.config import BackboneConfig
 from heliostat.publishing.config import PublishConfig
 from heliostat.runtime.config import ClusterConfig, SweepConfig
 from heliostat.tracking import TrackingConfig
-from heliostat.training.recipe import DistillConfig, PretrainConfig
+from heliostat.training.recipe import DistillConfig, PretrainConfig, phase_config
 
 STAGES = ("ingest", "curate", "pretrain", "sweep", "distill", "evaluate", "publish")
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -98,6 +99,19 @@ class Recipe(StrictModel):
     def maker_of(self, ref: ArtifactRef) -> str:
         """The verb that makes a model of this recipe; empty for any other artifact."""
         return "pretrain" if ref in self._pretrained().values() else "distill" if ref in self._distilled().values() else ""
+
+    def backbone_of(self, ref: ArtifactRef) -> BackboneConfig | None:
+        """The backbone that a model of this recipe will have; None for any other artifact."""
+        for section in (self.pretrain, self.distill) if ref in self.models.values() else ():
+            if section is None:
+                continue
+            phases = {f"-{phase.name}": phase_config(section, phase) for phase in section.phases}
+            for suffix, trained in {"": section, "-scratch": section, **phases}.items():
+                for name, backbone in trained.backbones.items():
+                    role = f"-{name or 'student'}{suffix}" if section is self.distill else suffix
+                    if ref == self.ref("model", role):
+                        return backbone
+        return None
 
     def _pretrained(self) -> dict[str, ArtifactRef]:
         if self.pretrain is None:

@@ -16,15 +16,16 @@ from heliostat.tracking import Run
 def check_publish(recipe: Recipe) -> None:
     """Refuse, before any stage of a recipe runs, a release that could not be made at its end.
 
-    Raises UsageError for a missing library, ConfigError for a format that cannot hold the backbone which the recipe trains.
+    Raises UsageError for a missing library and for several students of which none is chosen, ConfigError for a format that
+    cannot hold the backbone which the recipe trains.
     """
-    config, trained = recipe.publish, recipe.distill or recipe.pretrain
+    config = recipe.publish
     if config is None:
         return
     check_libraries(config.formats)
-    if trained is not None and not config.model:
-        _ = recipe.final_model  # one student, or the recipe has to say which
-        check_architecture(config.formats, next(iter(trained.backbones.values())))
+    backbone = recipe.backbone_of(ArtifactRef.parse(config.model) if config.model else recipe.final_model)
+    if backbone is not None:
+        check_architecture(config.formats, backbone)
 
 
 def publish(context: Context, config: PublishConfig) -> Artifact:

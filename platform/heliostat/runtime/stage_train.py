@@ -7,10 +7,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from heliostat.artifacts import Artifact, ArtifactRef, Draft
-from heliostat.config import validate
 from heliostat.data.shards import manifest_from_bytes
 from heliostat.errors import DataError
-from heliostat.models.config import BackboneConfig
 from heliostat.models.stored import teacher_state
 from heliostat.runtime.pipelines import Context, Plan, Summary, config_of, make_together
 from heliostat.runtime.stage_ingest import MANIFEST
@@ -19,11 +17,11 @@ from heliostat.runtime.weights import WeightSource, open_weights
 from heliostat.tracking import Run
 from heliostat.training.recipe import (
     DistillConfig,
-    InitConfig,
     PretrainConfig,
     TrainingConfig,
-    compressed,
+    alone,
     phase_config,
+    teacher_heads,
 )
 from heliostat.training.run import FrozenTeacher, TrainingJob
 from heliostat.training.start import StartingWeights, check_fit, fit_backbone
@@ -111,12 +109,6 @@ def distill(context: Context, config: DistillConfig) -> Artifact:
     return first
 
 
-def alone(config: DistillConfig, backbone: BackboneConfig) -> PretrainConfig:
-    """A student's training without its teacher: everything else as in the distillation."""
-    plain = {key: value for key, value in config.model_dump(mode="json").items() if key in TrainingConfig.model_fields}
-    return validate(PretrainConfig, plain | {"student": backbone.model_dump(mode="json"), "phases": []}, "distill")
-
-
 def _teacher(context: Context, config: DistillConfig, images: Artifact) -> WeightSource:
     """The teacher with heads: the artifact, the public weights, or these after heads were trained on them."""
     source = open_weights(context, config.teacher or str(context.recipe.ref("model")))
@@ -130,12 +122,7 @@ def _teacher(context: Context, config: DistillConfig, images: Artifact) -> Weigh
             f"distill.teacher={config.teacher} has no heads, and students are compared prototype by prototype; give "
             "distill.teacher_head_steps (for example 5000) to train heads on the frozen teacher first"
         )
-    steps = config.teacher_head_steps
-    plain = compressed(alone(config, weights.config).model_dump(mode="json"), config.train.steps, steps)
-    plain["init"] = InitConfig(weights=config.teacher, head_warmup_steps=steps).model_dump(mode="json")
-    plain["method"]["drop_path_rate"] = 0.0
-    ref = context.recipe.ref("model", "-teacher")
-    section = validate(PretrainConfig, plain, "distill.teacher_head_steps")
+    ref, section = context.recipe.ref("model", "-teacher"), teacher_heads(config, weights.config)
     return WeightSource.of_artifact(_pretrain_one(context, section, ref, images=images, init=source, stage="distill"))
 
 

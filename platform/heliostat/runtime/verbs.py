@@ -14,6 +14,7 @@ from heliostat.errors import UsageError
 from heliostat.runtime.pipelines import Context
 from heliostat.runtime.progress import Progress
 from heliostat.runtime.recipe import Recipe, read_recipe
+from heliostat.runtime.weight_names import names_artifact, weights_path
 from heliostat.storage import open_store
 from heliostat.tracking import ui_command
 
@@ -75,11 +76,8 @@ def run_recipe(name: str, overrides: Sequence[str], *, stage: str = "", dry_run:
     """Run one stage of a recipe, or all of them; with `dry_run` print what it would be and cost."""
     recipe, choices = _recipe(name, overrides, stage)
     stages = [stage] if stage and not choices else recipe.stages
-    if "publish" in stages and recipe.publish is not None and set(recipe.publish.formats) != {"fair"}:
-        # Our own format takes every backbone and needs no library; the others import torch, 4 s that a dry run can do without.
-        from heliostat.runtime.stage_publish import check_publish
-
-        check_publish(recipe)
+    if "publish" in stages:
+        _check_publish(recipe)
     if dry_run:
         from heliostat.runtime.dry_run import cost_lines
 
@@ -88,6 +86,7 @@ def run_recipe(name: str, overrides: Sequence[str], *, stage: str = "", dry_run:
         for line in lines:
             print(line)
         return
+    _check_weights(recipe, stages)
     progress = Progress()
     for choice in choices:
         progress.say(f"chosen: {choice.what}  ({choice.why})")
@@ -99,6 +98,31 @@ def run_recipe(name: str, overrides: Sequence[str], *, stage: str = "", dry_run:
     progress.say(f"finished in {time.monotonic() - started:.0f} s")
     if last is not None:
         _print_end(context, last)
+
+
+def _check_publish(recipe: Recipe) -> None:
+    """Refuse, before any stage runs, a release that could not be made at the end. Raises UsageError or ConfigError."""
+    if recipe.publish is None:
+        return
+    if not recipe.publish.model:
+        _ = recipe.final_model  # one student, or the recipe has to say which
+    if set(recipe.publish.formats) != {"fair"}:
+        # Our own format takes every backbone and needs no library; the others import torch, 4 s that a dry run can do without.
+        from heliostat.runtime.stage_publish import check_publish
+
+        check_publish(recipe)
+
+
+def _check_weights(recipe: Recipe, stages: Sequence[str]) -> None:
+    """Refuse, before any stage runs, weights that are no file here. Artifacts may be made by the run. Raises UsageError."""
+    named = []
+    if "pretrain" in stages and recipe.pretrain is not None:
+        named.append(recipe.pretrain.init.weights)
+    if "distill" in stages and recipe.distill is not None:
+        named.append(recipe.distill.teacher)
+    for weights in named:
+        if weights and not names_artifact(weights):
+            weights_path(weights)
 
 
 def _recipe(name: str, overrides: Sequence[str], stage: str) -> tuple[Recipe, "list[Choice]"]:

@@ -1,6 +1,5 @@
 """Weights that a recipe names: a model artifact, or a file or folder of public weights."""
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from heliostat.models.config import BackboneConfig
 from heliostat.models.public import read_public_weights
 from heliostat.models.stored import read_info, read_states
 from heliostat.runtime.pipelines import Context
+from heliostat.runtime.weight_names import names_artifact, weights_path
 from heliostat.training.start import StartingWeights
 
 
@@ -49,14 +49,9 @@ def open_weights(context: Context, text: str, *, num_heads: int | None = None) -
 
     Raises UsageError, ArtifactNotFoundError or CheckpointError.
     """
-    if re.match(r"^[a-z]+/[^/@]+@[^/@]+$", text):
+    if names_artifact(text):
         ref = ArtifactRef.parse(text)
         if ref.kind != "model":
             raise UsageError(f"{text} holds no weights; name a model/name@version, a file or a folder")
         return WeightSource.of_artifact(context.load(ref))
-    if "://" in text:
-        raise UsageError(f"{text}: weights are read from a local file or folder; copy them to this machine first")
-    path = Path(text).expanduser()
-    if not path.exists():
-        raise UsageError(f"no weights at {text}; give model/name@version, a file (.pth, .safetensors) or a folder")
-    return WeightSource.of_file(path, lambda line: context.progress.say(f"  {line}"), num_heads=num_heads)
+    return WeightSource.of_file(weights_path(text), lambda line: context.progress.say(f"  {line}"), num_heads=num_heads)

@@ -2,6 +2,7 @@
 
 from heliostat.models.config import BackboneConfig, HeadConfig
 from heliostat.models.flops import (
+    backbone_forward_flops,
     num_backbone_parameters,
     num_head_parameters,
     student_flops_per_image,
@@ -56,3 +57,15 @@ def flops_per_image(config: TrainingConfig, teacher: BackboneConfig | None = Non
         )
     teaching = teacher or next(iter(config.backbones.values()))
     return total + teacher_flops_per_image(teaching, dino, ibot, global_size_pixels=crops.global_crops_size, masked_ratio=share)
+
+
+def head_training_flops_per_image(config: TrainingConfig) -> float:
+    """As `flops_per_image` while the backbone is frozen: its backward pass, as much as two forwards, is left out.
+
+    For sections without stochastic depth.
+    """
+    crops, backward = config.crops, 0.0
+    for student in config.backbones.values():
+        backward += 2 * 2 * backbone_forward_flops(student, crops.global_crops_size)
+        backward += 2 * crops.local_crops_number * backbone_forward_flops(student, crops.local_crops_size)
+    return flops_per_image(config) - backward

@@ -31,7 +31,11 @@ class World:
 
 
 class Engine(Protocol):
-    """What the training loop asks of a back end."""
+    """What a training step asks of a back end."""
+
+    @property
+    def world(self) -> World:
+        """The processes that gradients are averaged over."""
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """The context in which forward passes run."""
@@ -75,6 +79,10 @@ class TorchEngine:
         self._world = world
         self._dtype = dtype
         self._keep_gradients = keep_gradients
+
+    @property
+    def world(self) -> World:
+        return self._world
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         return torch.autocast(self._world.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32)

@@ -96,7 +96,7 @@ def one_step(trainer: Trainer, state: LoopState, batch: Batch) -> None:
     _freeze_backbones(trainer, state.step)
     seed_step(config.train.seed, state.step, world.rank)
     batch = normalise(batch.to(world.device), config.crops)
-    result = train_step(trainer.method, trainer.optimizer, trainer.engine, batch, values, world=world)
+    result = train_step(trainer.method, trainer.optimizer, trainer.engine, batch, values)
     if result.not_finite:
         _skip(trainer, state, result.not_finite)
     else:

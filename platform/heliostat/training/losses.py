@@ -44,11 +44,11 @@ def _log_sum_of_rows(scores_RK: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sinkhorn_knopp(logits_RK: Tensor, temperature: float, num_iterations: int = 3) -> Tensor:
-    """Targets (R, K) in float32, each row a distribution, with prototypes used about equally over the rows of all ranks.
+    """Targets (R, K), each row a distribution, with prototypes used about equally over the rows of all ranks.
 
     Three iterations as DINOv2 (arXiv 2006.09882, Algorithm 1), computed on logarithms: finite for every finite logit, where
     exponentials overflow from logit 3.6 at temperature 0.04. The constant factors of the usual form cancel and are left out.
-    Every rank must call it, also with R = 0.
+    Every rank must call it, also with R = 0. In float32, for float64 logits in float64.
     """
     # The largest logit of each prototype is taken off before the division: the first normalisation absorbs it, and a
     # difference in float32 keeps the digits that dividing a logit of 1e4 by 0.04 would lose.
@@ -62,8 +62,9 @@ def sinkhorn_knopp(logits_RK: Tensor, temperature: float, num_iterations: int = 
 class TargetAssignment(nn.Module):
     """Turns the teacher's logits into targets, by Sinkhorn-Knopp or by a moving centre and a softmax.
 
-    The centre moves only in `commit`, which the method calls with the teacher's update: a step that is thrown away because a
-    loss was not finite leaves it untouched.
+    The centre follows the mean over the rows of all ranks together (DINOv2 averages the means of the ranks, which differ in
+    their number of masked patches); a batch without rows leaves it as it is. It moves only in `commit`, which the method calls
+    with the teacher's update: a step that is thrown away because a loss was not finite leaves it untouched.
     """
 
     def __init__(self, num_prototypes: int, centering: Literal["centering", "sinkhorn_knopp"]) -> None:

@@ -22,11 +22,11 @@ _CAST_ATTENTION = 5  # query, key, value, output, and the output joined over the
 # Kept per token of the feed-forward layer, in hidden widths.
 _CAST_HIDDEN = {"mlp": 2, "swiglufused": 4}  # input and output of GELU; gate, value, silu(gate) and their product
 
-# Bytes per logit (row times prototype) of one block of a loss: scaled logits and their softmax, float32, side by side. The
-# teacher's targets take 10 a logit (Sinkhorn-Knopp) or 14 before any activation is there: less than logits, targets, gradients
-# and the activations of a student.
-_LOSS_BLOCK = 8
-_BLOCK_LOGITS = 2**22  # of training/losses.py, which imports torch
+# Logits that the cross-entropy takes in float32 at a time: _BLOCK_LOGITS of training/losses.py, which imports torch.
+_LOSS_BLOCK_LOGITS = 2**22
+# Float32 tensors as large as the teacher's logits while targets are made of them; centering first copies bfloat16 to float32.
+_TARGET_COPIES = {"sinkhorn_knopp": 2, "centering": 3}
+_TARGETS_OF_STUDENT = 3  # of B rows each: both global crops swapped, and their sum
 
 # Assumptions, not studied: CUDA context, cuBLAS and NCCL buffers; blocks that the caching allocator cannot reuse.
 _CONTEXT_BYTES = 1.5 * GIB
@@ -64,8 +64,9 @@ def training_memory(config: TrainingConfig, teacher: BackboneConfig | None, imag
     Weights, gradients, moments and averages are whole on every worker, as `TorchEngine` keeps them.
     """
     state, held = _state_bytes(config, teacher), held_for_backward(config, teacher, images_per_worker)
-    after_losses = {name: size for name, size in held.items() if name not in ("heads",)}
+    after_losses = {name: size for name, size in held.items() if name != "heads"}
     moments = [
+        {"teacher's logits and targets": _target_making(config, teacher, images_per_worker)},
         held | {"gradients of logits": _loss_gradients(config, teacher, images_per_worker)},
         after_losses | {"gradients inside a block": _block_gradients(config, teacher, images_per_worker)},
         {"optimizer temporaries": state["weights"]},  # gradients in one flat buffer; one rank alone needs none
@@ -81,8 +82,7 @@ def held_for_backward(config: TrainingConfig, teacher: BackboneConfig | None, im
     method, backbones, element = config.method, config.backbones.values(), _element_bytes(config)
     rows = _rows(config, teacher, images_per_worker)
     logits = len(backbones) * float(rows.cls * method.dino.head.out_dim + rows.patches * method.ibot_head.out_dim)
-    # Targets: both global crops as the teacher gives them, then for each student swapped and summed over the crops.
-    cls_targets = (2.0 + 3.0 * len(backbones)) * images_per_worker * method.dino.head.out_dim
+    cls_targets = (2.0 + _TARGETS_OF_STUDENT * len(backbones)) * images_per_worker * method.dino.head.out_dim
     return {
         "activations": sum(_backbone_activations(one, config, teacher, images_per_worker) for one in backbones),
         "heads": sum(_head_activations(one, method, rows, element) for one in backbones),
@@ -121,17 +121,47 @@ def _rows(config: TrainingConfig, teacher: BackboneConfig | None, num_images: in
     return _Rows((2 + crops.local_crops_number) * num_images, round(share * patches))
 
 
-def _loss_gradients(config: TrainingConfig, teacher: BackboneConfig | None, num_images: int) -> float:
-    """All gradients of logits but those of the cls tokens that come last, and what the loss of patch tokens works with."""
+def _target_making(config: TrainingConfig, teacher: BackboneConfig | None, num_images: int) -> float:
+    """The teacher's logits and its targets while the last of them are made; nothing of the student is there yet."""
     method, rows = config.method, _rows(config, teacher, num_images)
-    cls, patches = rows.cls * method.dino.head.out_dim, rows.patches * method.ibot_head.out_dim
-    block = min(max(cls, patches), max(_BLOCK_LOGITS, method.ibot_head.out_dim))
-    students = len(config.backbones)
-    return float(_element_bytes(config) * (students * (cls + patches) - min(cls, patches)) + _LOSS_BLOCK * block)
+    cls, patches = 2.0 * num_images * method.dino.head.out_dim, float(rows.patches * method.ibot_head.out_dim)
+    element = _element_bytes(config)
+    copies = _TARGET_COPIES[method.centering] if element < _FLOAT32 else 2
+    per_logit = element + copies * _FLOAT32
+    return max(per_logit * cls, per_logit * patches + _FLOAT32 * cls)
+
+
+def _loss_gradients(config: TrainingConfig, teacher: BackboneConfig | None, num_images: int) -> float:
+    """Gradients of logits and what they are computed with. The losses of all students go first, from the last to the first.
+
+    The fullest moment is in a loss of the first student, or where the gradients of its logits are joined.
+    """
+    method, rows, element = config.method, _rows(config, teacher, num_images), _element_bytes(config)
+    prototypes = method.dino.head.out_dim
+    cls, patches = float(rows.cls * prototypes), float(rows.patches * method.ibot_head.out_dim)
+    local, one_local = float((rows.cls - 2 * num_images) * prototypes), float(num_images * prototypes)
+    copied_targets = float(_FLOAT32 * _TARGETS_OF_STUDENT * num_images * prototypes)
+    gradients = element * (cls + patches)
+    # Local and global crops are slices of one tensor, and so are cls and patch tokens of a shared head: the gradient of a slice
+    # is as large as the whole.
+    slices = element * (cls + 2 * num_images * prototypes)
+    joined = max(slices, gradients if len(heads(method)) == 1 else 0.0) + gradients - copied_targets
+    ibot = element * patches + _loss_blocks(patches, patches)
+    first = max(ibot, element * (patches + local) + _loss_blocks(local, one_local), joined)
+    return (len(config.backbones) - 1) * (gradients - copied_targets) + first
+
+
+def _loss_blocks(num_logits: float, largest_block: float) -> float:
+    """Float32 temporaries of one loss: two of a block, the first alone, the second beside the result of the first."""
+    block = min(largest_block, _LOSS_BLOCK_LOGITS)
+    return _FLOAT32 * (block + max(block, 2 * min(num_logits - block, block)))
 
 
 def _block_gradients(config: TrainingConfig, teacher: BackboneConfig | None, num_images: int) -> float:
-    """Of the residual stream and of what is added to it, and before and after the activation of the feed-forward layer."""
+    """Of the residual stream and of what is added to it, and before and after the activation of the feed-forward layer.
+
+    A bound: by then what the last norm keeps is free again, and so is the input of the last linear.
+    """
     sizes = []
     for backbone in config.backbones.values():
         tokens, kept = _tokens(backbone, config, teacher, num_images)
@@ -192,10 +222,9 @@ def _head_activations(backbone: BackboneConfig, method: MethodConfig, rows: _Row
 
 
 def _weight_copies(backbone: BackboneConfig, method: MethodConfig, element: int) -> float:
-    """Autocast keeps a bfloat16 copy of every weight that it multiplies with.
+    """Autocast keeps a bfloat16 copy of every weight; without it only what is computed of weights is kept.
 
-    Without it only what is not a weight itself is written out: prototypes, and the last linears of the residual branches times
-    LayerScale.
+    That is the prototypes, and the last linears of both branches of each block times their LayerScale.
     """
     if element < _FLOAT32:
         return _BFLOAT16 * float(sum(num_parameters(backbone, method)))

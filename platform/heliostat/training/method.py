@@ -261,11 +261,12 @@ def uniform_losses(method: MethodConfig, num_local_crops: int, *, masked_crop_ra
     """Logged value of each cross-entropy when the student gives every prototype the same probability (ln K times its share)."""
     num_pairs = 2 * num_local_crops + 2
     log_prototypes = math.log(method.dino.head_n_prototypes)
-    return {
-        "dino_global": log_prototypes * 2 / num_pairs,
-        "dino_local": log_prototypes * 2 * num_local_crops / num_pairs,
-        "ibot": math.log(method.ibot_head.out_dim) * masked_crop_ratio / 2,
-    }
+    values = {"dino_global": log_prototypes * 2 / num_pairs}
+    if num_local_crops:
+        values["dino_local"] = log_prototypes * 2 * num_local_crops / num_pairs
+    if method.ibot.loss_weight > 0:
+        values["ibot"] = math.log(method.ibot_head.out_dim) * masked_crop_ratio / 2
+    return values
 
 
 @torch.no_grad()

@@ -138,6 +138,8 @@ class TrainingConfig(StrictModel):
     def _check_crops(self) -> Self:
         for backbone in self.backbones.values():
             patch = backbone.patch_size
+            if backbone.in_chans != 3:
+                raise ValueError(f"student.in_chans {backbone.in_chans} does not fit the crops, which are RGB; use 3")
             for name in ("global_crops_size", "local_crops_size"):
                 size = getattr(self.crops, name)
                 if size % patch:
@@ -212,6 +214,24 @@ class DistillConfig(TrainingConfig):
         if len(set(sizes.values())) > 1:
             raise ValueError(f"students have patch sizes {sizes}; they share one teacher and its patches, use one size")
         return self
+
+
+def alone(config: DistillConfig, backbone: BackboneConfig) -> PretrainConfig:
+    """A student's training without its teacher: everything else as in the distillation."""
+    plain = {key: value for key, value in config.model_dump(mode="json").items() if key in TrainingConfig.model_fields}
+    return validate(PretrainConfig, plain | {"student": backbone.model_dump(mode="json"), "phases": []}, "distill")
+
+
+def teacher_heads(config: DistillConfig, backbone: BackboneConfig) -> PretrainConfig:
+    """The training of heads on a teacher that comes without: `teacher_head_steps` in which its backbone stays as it is.
+
+    Raises ConfigError when the section cannot be shortened to so few steps.
+    """
+    steps = config.teacher_head_steps
+    plain = compressed(alone(config, backbone).model_dump(mode="json"), config.train.steps, steps)
+    plain["init"] = InitConfig(weights=config.teacher, head_warmup_steps=steps).model_dump(mode="json")
+    plain["method"]["drop_path_rate"] = 0.0
+    return validate(PretrainConfig, plain, "distill.teacher_head_steps")
 
 
 Section = TypeVar("Section", bound=TrainingConfig)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from heliostat.data.batch import Batch
-from heliostat.training.engine import Engine, World, not_finite
+from heliostat.errors import DataError
+from heliostat.training.engine import Engine, not_finite
 from heliostat.training.method import Method, TeacherTargets
 from heliostat.training.param_groups import apply_step_values
 from heliostat.training.schedules import StepValues
@@ -39,21 +40,21 @@ def train_step(
     engine: Engine,
     batch: Batch,
     values: StepValues,
-    *,
-    world: World | None = None,
 ) -> StepResult:
     """Forward, backward, clip, optimizer step and teacher update for one batch of normalised crops on the method's device.
 
     When a loss or a gradient norm is not finite on any rank, no rank touches optimizer, teacher or centres. Stochastic depth
-    draws from torch's global generator: seed it first for a step that can be repeated.
+    draws from torch's global generator: seed it first for a step that can be repeated. Raises DataError for crops in bytes.
     """
+    if not batch.global_crops.is_floating_point():
+        raise DataError(f"crops are {batch.global_crops.dtype}; normalise them first (heliostat.data.augment.normalise)")
     apply_step_values(optimizer.param_groups, values)
     with engine.autocast():
         teacher = method.teacher_targets(batch, values.teacher_temp)
         student = method.student_outputs(batch)
         losses = method.losses(student, teacher, batch)
         total = method.weighted_sum(losses)
-    bad = not_finite({**losses, "total": total}, world or World())
+    bad = not_finite({**losses, "total": total}, engine.world)
     norms: dict[str, float] = {}
     if not bad:
         engine.backward(total)
