@@ -20,8 +20,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500)]
 ARTIFACTS = [
     "curated/demo@1",
     "model/demo@1",
-    "model/demo-student-scratch@1",
     "model/demo-student@1",
+    "model/demo-student-scratch@1",
     "raw/demo@1",
     "raw/demo-curated@1",
     "raw/demo-heldout@1",
