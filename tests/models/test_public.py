@@ -388,3 +388,16 @@ def test_a_file_that_is_not_a_state_dict_is_refused(tmp_path):
         torch.save(value, tmp_path / "other.pth")
         with pytest.raises(CheckpointError, match="does not hold a state dict"):
             read_public_weights(tmp_path / "other.pth")
+
+
+def test_a_pointer_of_git_lfs_is_named_and_no_advice_to_run_code_is_passed_on(tmp_path):
+    pointer = tmp_path / "weights.pth"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(CheckpointError, match="is a pointer of git-lfs, not the file; run git lfs pull"):
+        read_public_weights(pointer)
+    code = tmp_path / "code.pth"
+    torch.save({"weight": print}, code)
+    with pytest.raises(CheckpointError, match="it asks for code to be run") as error:
+        read_public_weights(code)
+    assert "weights_only" not in str(error.value)
+    assert len(str(error.value)) < 300 + len(str(code))

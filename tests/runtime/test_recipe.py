@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from heliostat.cli import main
-from heliostat.config import shipped_recipes
+from heliostat.config import shipped_recipes, validate
 from heliostat.data.config import CropsConfig
 from heliostat.errors import ConfigError
 from heliostat.runtime.recipe import STAGES, Recipe, read_recipe, scope_overrides
@@ -103,3 +103,22 @@ def test_a_version_that_looks_like_a_number_is_a_name() -> None:
     assert str(read_recipe("laptop", ("version=2",)).ref("model")) == "model/demo@2"
     with pytest.raises(ConfigError, match=r"version=True: input should be a valid string"):
         read_recipe("laptop", ("version=true",))
+
+
+SMALL = {"arch": "vit_tiny", "img_size": 56}
+
+
+@pytest.mark.parametrize(
+    ("sections", "made"),
+    [
+        ({"students": {"a": SMALL, "a-hr": SMALL}, "phases": [{"name": "hr", "steps": 2, "global_crops_size": 224}]}, "a-hr"),
+        ({"students": {"a": SMALL, "a-scratch": SMALL}, "compare_with_scratch": True}, "a-scratch"),
+        ({"students": {"a": SMALL, "teacher": SMALL}, "teacher": "w.pth", "teacher_head_steps": 5}, "teacher"),
+        ({"students": {"highres": SMALL}}, "highres"),
+    ],
+)
+def test_two_models_of_one_name_are_refused(sections, made) -> None:
+    phases = [{"name": "highres", "steps": 2, "global_crops_size": 224}]
+    plain = {"name": "x", "pretrain": {"phases": phases}, "distill": {"train": {"steps": 125_000}} | sections}
+    with pytest.raises(ConfigError, match=f"model/x-{made}@1 would be made twice"):
+        validate(Recipe, plain, "x")

@@ -22,6 +22,7 @@ from heliostat.runtime.progress import Progress
 from heliostat.runtime.recipe import Recipe
 from heliostat.runtime.stage_ingest import MANIFEST
 from heliostat.runtime.verbs import run_stage
+from heliostat.training import loop
 
 PLAIN = {key: value for key, value in SETTINGS.items() if key != "student"}
 STUDENT = SETTINGS["student"]
@@ -106,7 +107,7 @@ def test_a_phase_that_is_added_later_leaves_the_model_as_it_is(bench: Bench) -> 
 
 def test_a_phase_begins_with_the_weights_of_the_one_before(bench: Bench) -> None:
     bench.pretrain()
-    frozen = [{"name": "again", "steps": 1, "global_crops_size": 32, "overrides": ["optim.lr=1e-30", "optim.min_lr=0"]}]
+    frozen = [{"name": "again", "steps": 1, "global_crops_size": 32, "lr": 1e-30, "overrides": ["optim.min_lr=0"]}]
     again = bench.pretrain(phases=frozen)
     for states in zip(read_states(bench.model("tiny")), read_states(again), strict=True):
         for key, value in states[0].items():
@@ -261,3 +262,25 @@ def test_public_weights_with_heads_teach_at_once(bench: Bench, tmp_path: Path) -
     from_artifact = bench.distill(student=SMALL)
     assert from_file.files.read("backbone.safetensors") == from_artifact.files.read("backbone.safetensors")
     assert "teacher_sha256" in from_file.record.config
+
+
+def test_a_checkpoint_of_other_students_is_not_taken_up(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.pretrain()
+    save = loop._save
+
+    def stop_after(trainer, state):
+        save(trainer, state)
+        if state.step == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "_save", stop_after)
+    with pytest.raises(KeyboardInterrupt):
+        bench.distill(students={"small": SMALL, "other": OTHER})
+    monkeypatch.undo()
+    bench.distill(students={"small": SMALL})
+    assert "the checkpoint of step 4 is of students small, other; starting again with small" in bench.said.getvalue()
+    bench.distill(students={"small": SMALL, "other": OTHER})
+    bench.distill("2", students={"small": SMALL, "other": OTHER})
+    for name in ("tiny-small", "tiny-other"):
+        files = [bench.model(name, version).files.read("backbone.safetensors") for version in ("1", "2")]
+        assert files[0] == files[1], name

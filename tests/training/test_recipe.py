@@ -40,7 +40,11 @@ def test_a_phase_compresses_every_schedule_into_its_steps():
 
 
 def test_a_phase_of_a_few_steps_still_ends_its_warmups():
-    base = validate(PretrainConfig, LARGE | {"phases": [{"name": "short", "steps": 1, "global_crops_size": 28}]}, "large")
+    base = validate(
+        PretrainConfig,
+        LARGE | {"phases": [{"name": "short", "steps": 1, "global_crops_size": 28, "local_crops_size": 14}]},
+        "large",
+    )
     phase = phase_config(base, base.phases[0])
     assert (phase.optim.warmup_steps, phase.method.teacher.warmup_teacher_temp_steps) == (0, 0)
 
@@ -82,6 +86,28 @@ def test_the_only_student_has_no_name():
             "phases=[{name: a, steps: 4, global_crops_size: 64, overrides: [optim.rl=1]}]",
             "phase a: unknown key: optim.rl. Did you mean optim.lr?",
         ),
+        ("crops.local_crops_size=64", "crops.local_crops_size 64 is larger than crops.global_crops_size 32; lower it"),
+        (
+            "phases=[{name: a, steps: 4, global_crops_size: 64, overrides: [train.steps=3]}]",
+            "phase a: give steps: of the phase instead of the override train.steps",
+        ),
+        (
+            "phases=[{name: a, steps: 4, global_crops_size: 64, overrides: [init.weights=w.pth]}]",
+            "phase a: init.weights is that of the section and cannot differ in a phase",
+        ),
+        (
+            "phases=[{name: a, steps: 4, global_crops_size: 64, overrides: [student.depth=4]}]",
+            "phase a: depth 4 differs from the section's 2; weights go on",
+        ),
+        (
+            "phases=[{name: a, steps: 4, global_crops_size: 64, overrides: [method.dino.head_n_prototypes=99]}]",
+            "phase a: out_dim 99 differs from the section's 24; weights go on",
+        ),
+        (
+            "phases=[{name: a, steps: 4, global_crops_size: 64, overrides: [method.ibot.separate_head=false]}]",
+            "phase a: out_dim 24 differs from the section's 20",
+        ),
+        (f"phases=[{{name: {'a' * 65}, steps: 4, global_crops_size: 64}}]", "should match pattern"),
         (
             "phases=[{name: a, steps: 4, global_crops_size: 64}, {name: a, steps: 2, global_crops_size: 32}]",
             "phases: a is there twice",

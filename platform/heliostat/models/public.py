@@ -32,6 +32,7 @@ WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 _INDEX = "model.safetensors.index.json"
 _HUGGINGFACE_TYPES = ("dinov2", "dinov2_with_registers")
+_LFS_POINTER = b"version https://git-lfs"
 _HEADS = ("dino_head.", "ibot_head.", "dino_targets.", "ibot_targets.")
 _CLASSIFIERS = ("classifier.", "head.")  # of Dinov2ForImageClassification and timm; the features do not pass through them
 # Arguments of timm's constructor that change sizes, which the tensors show as well; any other could change the function.
@@ -126,7 +127,13 @@ def _read_file(path: Path) -> State:
         raise CheckpointError(f"cannot read weights {path}: no such file or folder") from error
     except _TORN as error:
         size = path.stat().st_size
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        with path.open("rb") as file:
+            is_pointer = file.read(len(_LFS_POINTER)) == _LFS_POINTER
+        if is_pointer:
+            raise CheckpointError(f"{path} is a pointer of git-lfs, not the file; run git lfs pull, or download it") from error
+        # torch's own text advises to switch the check off; of what may be wrong only the kind is told on.
+        refused = "weights_only" in str(error)
+        reason = "it asks for code to be run" if refused else (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise CheckpointError(
             f"{path} ({size} bytes) is truncated or not a file of plain tensors: {reason}; fetch it again, or convert it to "
             "safetensors where you trust it"

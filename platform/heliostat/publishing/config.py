@@ -23,6 +23,13 @@ class PublishConfig(StrictModel):
     parity_tolerance: float = Field(default=1e-4, gt=0)
     """Largest absolute difference allowed between the features of a published format, by its own library, and the model's."""
 
+    @field_validator("model")
+    @classmethod
+    def _is_model(cls, model: str) -> str:
+        if model and not model.startswith("model/"):
+            raise ValueError(f"{model} is no model; name a model/name@version")
+        return model
+
     @field_validator("formats")
     @classmethod
     def _once_each(cls, formats: tuple[FormatName, ...]) -> tuple[FormatName, ...]:

@@ -17,7 +17,7 @@ from heliostat.tracking import TrackingConfig
 from heliostat.training.recipe import DistillConfig, PretrainConfig, phase_config
 
 STAGES = ("ingest", "curate", "pretrain", "sweep", "distill", "evaluate", "publish")
-_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
 
 class IngestConfig(StrictModel):
@@ -120,12 +120,14 @@ class Recipe(StrictModel):
         return {f"model{suffix}": self.ref("model", suffix) for suffix in suffixes}
 
     def _distilled(self) -> dict[str, ArtifactRef]:
+        return {role: self.ref("model", f"-{role}") for role in self._distilled_roles()}
+
+    def _distilled_roles(self) -> list[str]:
         if self.distill is None:
-            return {}
+            return []
         suffixes = ["", *(f"-{phase.name}" for phase in self.distill.phases)]
         suffixes += ["-scratch"] if self.distill.compare_with_scratch else []
-        roles = [f"{name or 'student'}{suffix}" for name in self.distill.backbones for suffix in suffixes]
-        return {role: self.ref("model", f"-{role}") for role in roles}
+        return [f"{name or 'student'}{suffix}" for name in self.distill.backbones for suffix in suffixes]
 
     @property
     def final_model(self) -> ArtifactRef:
@@ -138,9 +140,12 @@ class Recipe(StrictModel):
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
-        twice = set(self._pretrained().values()) & set(self._distilled().values())
+        suffixes = [ref.name.removeprefix(f"{self.name}-") for ref in self._pretrained().values()] + self._distilled_roles()
+        suffixes += ["teacher"] if self.distill is not None and self.distill.teacher_head_steps else []
+        twice = sorted({suffix for suffix in suffixes if suffixes.count(suffix) > 1})
         if twice:
-            raise ValueError(f"{min(twice)} would be made by both pretrain and distill; rename the phase or the student")
+            made = self.ref("model", f"-{twice[0]}")
+            raise ValueError(f"{made} would be made twice, by phases or students of these names; rename one of them")
         return self
 
     @model_validator(mode="after")

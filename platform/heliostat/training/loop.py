@@ -19,7 +19,7 @@ from heliostat.data.loader import ImageLoader
 from heliostat.errors import NonFiniteLossError
 from heliostat.models.weights import load_state
 from heliostat.storage import Store
-from heliostat.training.checkpoint import Checkpoint, newest_checkpoint, read_history, write_checkpoint
+from heliostat.training.checkpoint import FOLDER, Checkpoint, newest_checkpoint, read_history, write_checkpoint
 from heliostat.training.collapse import Sign, collapse_signs
 from heliostat.training.diagnostics import feature_std, kl_to_teacher, prototype_usage, rankme, teacher_entropy
 from heliostat.training.distillation import Distillation
@@ -245,7 +245,11 @@ def _save(trainer: Trainer, state: LoopState) -> None:
             state.step,
             {name: value for name, value in trainer.method.state_dict().items() if not _is_frozen(trainer.method, name)},
             trainer.engine.optimizer_tensors(),
-            {"skipped_steps": state.skipped_steps, "skipped_in_a_row": state.skipped_in_a_row},
+            {
+                "skipped_steps": state.skipped_steps,
+                "skipped_in_a_row": state.skipped_in_a_row,
+                "networks": list(trainer.method.networks),
+            },
         )
         write_checkpoint(trainer.files, checkpoint, state.history, keep=trainer.config.train.keep_checkpoints)
     state.history = []
@@ -256,9 +260,23 @@ def _is_frozen(method: AnyMethod, name: str) -> bool:
     return isinstance(method, Distillation) and name.startswith("teacher.")
 
 
+def _discard(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    """Throw away the checkpoints of a run that trained other students together: each is drawn and stepped by itself anyway."""
+    if trainer.world.is_main:
+        trainer.notify(
+            f"the checkpoint of step {checkpoint.step} is of students {', '.join(checkpoint.state['networks'])}; "
+            f"starting again with {', '.join(trainer.method.networks)}"
+        )
+        for entry in list(trainer.files.list(FOLDER)):
+            trainer.files.delete(entry.key)
+
+
 def _restore(trainer: Trainer) -> LoopState:
     checkpoint = newest_checkpoint(trainer.files, trainer.notify)
     refuse_different_steps(checkpoint.step if checkpoint else 0, trainer.world)
+    if checkpoint is not None and checkpoint.state["networks"] != list(trainer.method.networks):
+        _discard(trainer, checkpoint)
+        checkpoint = None
     if checkpoint is None:
         return LoopState()
     frozen = {name: value for name, value in trainer.method.state_dict().items() if _is_frozen(trainer.method, name)}

@@ -11,7 +11,7 @@ from heliostat.models.config import BackboneConfig
 from heliostat.training.config import MethodConfig, OptimConfig
 from heliostat.training.schedules import check_schedules
 
-Suffix = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+Suffix = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 
 
 class ScalingConfig(StrictModel):
@@ -146,6 +146,11 @@ class TrainingConfig(StrictModel):
                     lower = size // patch * patch
                     advice = " or ".join(str(value) for value in (lower, lower + patch) if value)
                     raise ValueError(f"crops.{name} {size} is not divisible by student.patch_size {patch}; use {advice}")
+        if self.crops.local_crops_number and self.crops.local_crops_size > self.crops.global_crops_size:
+            raise ValueError(
+                f"crops.local_crops_size {self.crops.local_crops_size} is larger than crops.global_crops_size "
+                f"{self.crops.global_crops_size}; lower it, or set crops.local_crops_number to 0"
+            )
         return self
 
     @model_validator(mode="after")
@@ -266,4 +271,43 @@ def phase_config(base: Section, phase: PhaseConfig) -> Section:
     plain["optim"] |= {"lr": phase.lr} if phase.lr else {}
     if "init" in plain:
         plain["init"] = InitConfig().model_dump(mode="json")
-    return validate(type(base), apply_overrides(plain, phase.overrides), f"phase {phase.name}")
+    _refuse_useless(phase)
+    section = validate(type(base), apply_overrides(plain, phase.overrides), f"phase {phase.name}")
+    _refuse_other_network(base, section, phase.name)
+    return section
+
+
+_FIELDS_OF_PHASES = {
+    "train.steps": "steps",
+    "train.global_batch_size": "global_batch_size",
+    "crops.global_crops_size": "global_crops_size",
+    "crops.local_crops_size": "local_crops_size",
+    "optim.lr": "lr",
+    "student.img_size": "global_crops_size",
+}
+
+
+def _refuse_useless(phase: PhaseConfig) -> None:
+    """Overrides that a phase has a field for, or that would change nothing. Raises ConfigError."""
+    for override in phase.overrides:
+        key = override.partition("=")[0].strip()
+        if key in _FIELDS_OF_PHASES:
+            raise ConfigError(f"phase {phase.name}: give {_FIELDS_OF_PHASES[key]}: of the phase instead of the override {key}")
+        if key.partition(".")[0] in ("data", "init", "phases", "teacher", "teacher_head_steps", "compare_with_scratch"):
+            raise ConfigError(f"phase {phase.name}: {key} is that of the section and cannot differ in a phase; remove it")
+
+
+def _refuse_other_network(base: TrainingConfig, section: TrainingConfig, name: str) -> None:
+    """A phase goes on with the networks of the section: only their native image size may differ. Raises ConfigError."""
+    if section.backbones.keys() != base.backbones.keys():
+        raise ConfigError(f"phase {name}: its students are not those of the section; remove the override")
+    pairs: list[tuple[StrictModel, StrictModel]] = [(base.backbones[key], one) for key, one in section.backbones.items()]
+    pairs += [(base.method.dino.head, section.method.dino.head), (base.method.ibot_head, section.method.ibot_head)]
+    for before, after in pairs:
+        for field, value in after.model_dump().items():
+            if field != "img_size" and getattr(before, field) != value:
+                raise ConfigError(
+                    f"phase {name}: {field} {value} differs from the section's {getattr(before, field)}; weights go on"
+                )
+    if section.method.ibot.separate_head != base.method.ibot.separate_head:
+        raise ConfigError(f"phase {name}: method.ibot.separate_head differs from the section's; weights go on, heads included")
