@@ -5,6 +5,7 @@ group; the loop then finds the newest checkpoint by itself.
 """
 
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -124,12 +125,18 @@ def _check_resources(resources: dict[str, float], num_workers: int) -> None:
 
 
 def _readable(error: BaseException) -> HeliostatError:
-    """The first line that a worker's own error gives."""
+    """One line from what Ray wrapped around a worker's own error."""
     failures = getattr(error, "worker_failures", {})
     for rank, cause in failures.items():
-        text = str(getattr(cause, "cause", cause)).strip().splitlines()
-        return TrainingError(f"worker {rank} failed: {text[-1] if text else type(cause).__name__}; see --debug")
-    return TrainingError(f"the worker group failed: {' '.join(str(error).split())[:300]}; see --debug")
+        return TrainingError(f"worker {rank} failed: {_cause_line(getattr(cause, 'cause', cause))}; see --debug")
+    return TrainingError(f"the worker group failed: {_cause_line(error)}; see --debug")
+
+
+def _cause_line(error: object) -> str:
+    """The last line of an error's text that says something: no colours, no markers below source lines."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).splitlines()
+    telling = [line.strip() for line in lines if re.search(r"[A-Za-z]{3}", line)]
+    return telling[-1][:300] if telling else type(error).__name__
 
 
 def _worker(parameters: dict[str, Any]) -> dict[str, Any]:
