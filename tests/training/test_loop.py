@@ -179,10 +179,13 @@ def test_every_loss_is_recorded_beside_its_value_at_uniform_output(tmp_path: Pat
     with torch.no_grad():  # gains of 0 make all logits 0
         for head in (made.method.student.dino_head, made.method.student.ibot_head):
             head.last_layer.parametrizations.weight.original0.zero_()
-    one_step(made, LoopState(), made.loader.batch(0))
+    batch = made.loader.batch(0)
+    one_step(made, LoopState(), batch)
     ((_, numbers),) = log.metrics
-    for name in ("dino_global", "dino_local", "ibot"):
-        assert numbers[f"train/{name}"] == pytest.approx(numbers[f"train/{name}_at_uniform"], rel=1e-5), name
+    # On a grid of 4 x 4 a small block may fit nowhere; the announced value is that of half the crops being masked.
+    shares = {"dino_global": 1.0, "dino_local": 1.0, "ibot": float(batch.masks.any(1).float().mean()) / 0.5}
+    for name, share in shares.items():
+        assert numbers[f"train/{name}"] == pytest.approx(share * numbers[f"train/{name}_at_uniform"], rel=1e-5), name
     entropy = numbers["train/teacher_entropy"]
     assert numbers["train/kl_to_teacher"] == pytest.approx(math.log(24) - entropy, rel=1e-4)
     assert numbers["train/teacher_entropy_at_uniform"] == pytest.approx(math.log(24))
