@@ -97,11 +97,11 @@ def test_the_only_student_has_no_name():
         ),
         (
             "phases=[{name: a, steps: 4, global_crops_size: 64, overrides: [student.depth=4]}]",
-            "phase a: depth 4 differs from the section's 2; weights go on",
+            "phase a: depth 4 differs from the section's 2; a phase goes on with its weights, remove",
         ),
         (
             "phases=[{name: a, steps: 4, global_crops_size: 64, overrides: [method.dino.head_n_prototypes=99]}]",
-            "phase a: out_dim 99 differs from the section's 24; weights go on",
+            "phase a: out_dim 99 differs from the section's 24; a phase goes on with its weights, remove",
         ),
         (
             "phases=[{name: a, steps: 4, global_crops_size: 64, overrides: [method.ibot.separate_head=false]}]",

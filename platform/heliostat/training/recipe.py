@@ -307,7 +307,8 @@ def _refuse_other_network(base: TrainingConfig, section: TrainingConfig, name: s
         for field, value in after.model_dump().items():
             if field != "img_size" and getattr(before, field) != value:
                 raise ConfigError(
-                    f"phase {name}: {field} {value} differs from the section's {getattr(before, field)}; weights go on"
+                    f"phase {name}: {field} {value} differs from the section's {getattr(before, field)}; a phase goes on "
+                    "with its weights, remove the override"
                 )
     if section.method.ibot.separate_head != base.method.ibot.separate_head:
-        raise ConfigError(f"phase {name}: method.ibot.separate_head differs from the section's; weights go on, heads included")
+        raise ConfigError(f"phase {name}: method.ibot.separate_head differs from the section's; remove the override")
