@@ -27,7 +27,7 @@ _MAX_SOURCE_CHARACTERS = 1024  # a member's name is whatever a stranger wrote
 
 @dataclass(frozen=True, order=True)
 class Rejection:
-    """One thing that was turned away. source: path, URL or member name; offset and length: bytes in the shard; id: sha256 or ""."""
+    """One thing that was turned away. source: path, URL or member name; offset, length: in bytes; id: sha256 or ""."""
 
     source: str
     shard: str
