@@ -18,6 +18,8 @@ import torch
 from results_file import cpu_hardware, today, versions, write_result
 
 from heliostat.config import validate
+from heliostat.data.image_source import ImageSource
+from heliostat.data.image_table import image_table
 from heliostat.data.ingest import open_source, pack_files
 from heliostat.data.photographs import write_crops
 from heliostat.data.shards import index_shard
@@ -68,16 +70,15 @@ def main() -> None:
         plain = demo.model_dump(mode="json")
         plain["scaling"]["num_workers"], plain["loader"]["workers"] = 0, 0
         config = validate(PretrainConfig, plain, "benchmark")
-        trainer = build_trainer(
-            TrainingJob(config, manifest, ReadRange(store), store.child("run")), World(), lambda metrics, step: None, print
-        )
+        job = TrainingJob(config, (ImageSource(image_table(manifest), ReadRange(store)),), store.child("run"))
+        trainer = build_trainer(job, World(), lambda metrics, step: None, print)
         batch_size = config.train.global_batch_size
-        list(trainer.loader.iterate(0, 8))  # fills the cache of decoded images
-        loading = measured(lambda: sum(batch_size for _ in trainer.loader.iterate(8, 4)))
+        list(trainer.loader.batches(8))  # fills the cache of decoded images
+        loading = measured(lambda: sum(batch_size for _ in trainer.loader.batches(4)))
         rows.append(("demo loader: crops of cached images", "images per CPU s", loading))
         state = loop.LoopState()
         training = measured(
-            lambda: sum(loop.one_step(trainer, state, batch) or batch_size for batch in trainer.loader.iterate(0, 4))
+            lambda: sum(loop.one_step(trainer, state, batch) or batch_size for batch in trainer.loader.batches(4))
         )
         rows.append(("demo training step, loader included", "images per CPU s", training))
     write_results(rows)

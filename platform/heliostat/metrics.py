@@ -46,6 +46,7 @@ _TABLE = (
     Metric("train/grad_norm_dino_head", "1", "gradient norm of the DINO head before clipping"),
     Metric("train/grad_norm_ibot_head", "1", "gradient norm of the separate iBOT head before clipping"),
     Metric("train/images_per_second", "images/s", "images consumed by all workers per second", live=True),
+    Metric("train/bytes_per_second", "bytes/s", "encoded images and shards that the main rank fetches per second", live=True),
     Metric("train/data_wait_ratio", "1", "share of the step spent waiting for the loader", live=True),
     Metric("train/skipped_steps", "steps", "steps skipped because a loss was not finite", live=True),
     Metric("train/step", "steps", "optimizer steps done", live=True),

@@ -13,7 +13,7 @@ from tiny_training import Log, Stop, StopAfter, final_files, job, settings, shar
 from heliostat.errors import CheckpointError, NonFiniteLossError
 from heliostat.metrics import METRICS
 from heliostat.storage import LocalStore
-from heliostat.training.checkpoint import complete_steps
+from heliostat.training.checkpoint import complete_steps, read_rejections
 from heliostat.training.loop import LoopState, fit, one_step, seed_step
 
 CENTERINGS = ["centering", "sinkhorn_knopp"]
@@ -213,9 +213,21 @@ def test_skipped_steps_are_counted_across_a_resume(tmp_path: Path, tar: bytes) -
 
 def test_broken_images_are_counted_and_replaced(tmp_path: Path) -> None:
     log = Log()
-    summary = train(job(tmp_path, settings(), shard(broken=3)), log)
-    assert summary["decode_failures"] > 0
-    assert log.metrics[-1][1]["train/decode_failures"] == summary["decode_failures"]
+    work = job(tmp_path, settings(), shard(broken=3))
+    train(work, log)
+    turned_away = read_rejections(work.files)
+    assert {rejection.reason for rejection in turned_away} == {"unknown_format"}
+    assert log.metrics[-1][1]["train/decode_failures"] >= len(turned_away) > 0
+
+
+def test_an_interrupted_run_turns_away_the_same_images(tmp_path: Path) -> None:
+    tar = shard(broken=6)
+    whole, stopped = (job(tmp_path / name, settings("train.steps=10"), tar) for name in ("whole", "stopped"))
+    train(whole, Log())
+    with pytest.raises(Stop):
+        train(stopped, StopAfter(step=6))
+    train(stopped, Log())
+    assert read_rejections(stopped.files) == read_rejections(whole.files) != []
 
 
 def test_every_step_and_rank_draws_its_own_random_numbers() -> None:

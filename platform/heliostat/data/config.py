@@ -87,6 +87,17 @@ class CropsConfig(StrictModel):
         return self
 
 
+class ShuffleConfig(StrictModel):
+    """The order in which images are visited; the number of workers never changes it."""
+
+    window_images: int = Field(default=131_072, ge=1)
+    """Images among which the order is random. Every epoch visits the shards in a new random order, a window of them after the
+    other; a data set of no more images is one window. Larger windows mix better and hold more shards in memory."""
+    lanes: int = Field(default=32, ge=1)
+    """Groups of shards in a window that are read side by side. Give at least as many as there are workers: each then reads
+    shards of its own."""
+
+
 class LoaderConfig(StrictModel):
     """How one rank reads and augments its images; none of these settings changes what it reads."""
 
@@ -94,6 +105,11 @@ class LoaderConfig(StrictModel):
     """Threads that read, decode and augment. 0 works in the caller's thread. About 4 ms of one core per image at 224 pixels."""
     prefetch_batches: int = Field(default=2, ge=1)
     """Batches that are prepared ahead of the training step."""
+    read_by: Literal["auto", "shards", "images"] = "auto"
+    """Whether whole shards are fetched ahead or each image by itself; auto: shards from object stores, images from disks."""
+    shard_bytes: int = Field(default=2 * 2**30, ge=0)
+    """Memory of this rank for whole shards, bytes: those of the shuffle window's lanes that it reads and, where they fit,
+    those of the window to come. Images of shards that do not fit are read one by one."""
     cache_bytes: int = Field(default=256 * 2**20, ge=0)
     """Memory for decoded images of this rank, bytes; 0 turns it off. Pays where the whole data set nearly fits."""
 

@@ -27,6 +27,7 @@ Reason = Literal[
     "too_many_bytes",
     "decode_error",
     "format_not_allowed",
+    "checksum_mismatch",
 ]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 

@@ -1,72 +1,36 @@
 """Endless batches for one rank, where every step can be computed directly.
 
-The global sequence of images is a pure function of (seed, position): each epoch visits the manifest in the order of a keyed
-permutation that is computed, never stored. Step s holds the positions s * global_batch_size and on, rank r takes the r-th
-slice of them. So a run resumes exactly at any step, and the ranks of any world size together see the same images in the same
-order. Threads read, decode and augment; OpenCV, torch and the decoders release the interpreter lock while they work.
+What a step holds is a pure function of (sources, seed, step), see `order`: a run resumes exactly at any step, and the ranks of
+any world size together see the same batches. Threads read, decode and augment; OpenCV, torch and the decoders release the
+interpreter lock while they work. A batch that nobody takes stops them: at most `prefetch_batches` wait.
 """
 
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
 import torch
 
-from heliostat.data.augment import Pixels, multi_crop
+from heliostat.data.augment import multi_crop
 from heliostat.data.batch import Batch
-from heliostat.data.config import NUM_GLOBAL_CROPS, CropsConfig, DecodeConfig, LoaderConfig
-from heliostat.data.decode import ImageRejected, decode
+from heliostat.data.batch_arrays import BatchArrays, new_arrays
+from heliostat.data.config import CropsConfig, DecodeConfig, LoaderConfig, ShuffleConfig
+from heliostat.data.image_source import ImageSource, PixelReader, ReadBytes
 from heliostat.data.masking import MaskSettings, batch_masks
+from heliostat.data.order import GlobalOrder, Places
+from heliostat.data.quarantine import Rejection
+from heliostat.data.shard_window import ShardWindow
 from heliostat.errors import ConfigError, DataError
-
-# Shapes: B images of this rank, G global crops, L local crops, C channels, H W global side, h w local side, N patches.
-
-Read = Callable[[str, int, int], bytes]
-
-_FEISTEL_ROUNDS = 4  # enough for a permutation that no simple test tells from random (Luby and Rackoff 1988)
-_MAX_REPLACEMENTS = 100  # bad images in a row before the data set, not the image, is at fault
-_MASK_64 = 0xFFFFFFFFFFFFFFFF
-
-
-def _mix(value: int) -> int:
-    """The finaliser of splitmix64 (Steele et al. 2014): 64 bits to 64 well-mixed bits."""
-    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & _MASK_64
-    value = (value ^ (value >> 27)) * 0x94D049BB133111EB & _MASK_64
-    return value ^ (value >> 31)
-
-
-def permuted(index: int, num_images: int, key: int) -> int:
-    """The place of `index` in a keyed permutation of range(num_images), in constant memory.
-
-    A Feistel network permutes the next power of four; results outside the range walk on along their cycle (Black and Rogaway
-    2002), fewer than four steps on average.
-    """
-    half_bits = max(1, ((num_images - 1).bit_length() + 1) // 2)
-    half_mask = (1 << half_bits) - 1
-    while True:
-        left, right = index >> half_bits, index & half_mask
-        for number in range(_FEISTEL_ROUNDS):
-            left, right = right, left ^ (_mix(key + number * 0x9E3779B97F4A7C15 + (right << 8) & _MASK_64) & half_mask)
-        index = left << half_bits | right
-        if index < num_images:
-            return index
-
-
-def image_at(position: int, num_images: int, seed: int) -> tuple[int, int]:
-    """(epoch, image index) at a position of the endless global sequence."""
-    epoch, index = divmod(position, num_images)
-    return epoch, permuted(index, num_images, _mix(_mix(seed & _MASK_64) + epoch & _MASK_64))
 
 
 @dataclass(frozen=True)
 class LoaderStatistics:
-    """Counts since the loader was made. data_wait_seconds: how long `iterate` kept its caller waiting for a batch."""
+    """Counts since the loader was made. data_wait_seconds: how long `batches` kept its caller waiting; bytes: fetched."""
 
     data_wait_seconds: float
     images: int
@@ -81,69 +45,37 @@ class _Counts:
     images: int = 0
     bytes: int = 0
     decode_failures: Counter[str] = field(default_factory=Counter)
-
-
-class _DecodedImages:
-    """Decoded images up to a bound in bytes, shared between threads; the first come stay.
-
-    Nothing is evicted: every image is used once per epoch in a fresh order, where a full cache that stays serves its share of
-    the data set and one that evicts the least recently used serves less than half of that.
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        self._free_bytes = max_bytes
-        self._images: dict[int, Pixels] = {}
-        self._lock = threading.Lock()
-
-    def get(self, index: int) -> Pixels | None:
-        return self._images.get(index)
-
-    def put(self, index: int, image: Pixels) -> None:
-        with self._lock:
-            if index not in self._images and image.nbytes <= self._free_bytes:
-                self._images[index] = image
-                self._free_bytes -= image.nbytes
+    rejections: list[Rejection] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class _BatchArrays:
-    """The memory of one batch; each image is written to its own slots by its own thread."""
+class _Plan:
+    """The images of one step on this rank."""
 
-    global_crops: npt.NDArray[np.uint8]
-    local_crops: npt.NDArray[np.uint8]
-    masks: npt.NDArray[np.bool_]
-    image_ids: list[str]
-
-    def batch(self) -> Batch:
-        return Batch(
-            torch.from_numpy(self.global_crops),
-            torch.from_numpy(self.local_crops),
-            torch.from_numpy(self.masks),
-            tuple(self.image_ids),
-        )
+    step: int
+    places: Places
 
 
 class ImageLoader:
-    """Batches of one rank: `batch(step)` computes one, `iterate` prepares a run of them ahead in threads."""
+    """Batches of one rank: `batch(step)` computes one, `batches` prepares a run of them ahead in threads."""
 
     def __init__(
         self,
-        manifest: pa.Table,
-        read: Read,
+        sources: Sequence[ImageSource],
         *,
         crops: CropsConfig,
         loader: LoaderConfig,
         masks: MaskSettings,
         global_batch_size: int,
         seed: int,
+        shuffle: ShuffleConfig | None = None,
         rank: int = 0,
         world_size: int = 1,
         decoding: DecodeConfig | None = None,
     ) -> None:
         """Assign; nothing is read yet.
 
-        manifest: MANIFEST_SCHEMA. read: (shard key, offset, length) -> bytes, called from several threads at once; what it
-        raises reaches the consumer. Raises ConfigError (batch, rank, patches) and DataError (no images).
+        What a reader raises reaches the consumer. Raises ConfigError (batch, rank, patches, weights) and DataError (no images).
         """
         if global_batch_size < 1 or global_batch_size % world_size:
             fit = max(1, global_batch_size // world_size) * world_size
@@ -153,21 +85,45 @@ class ImageLoader:
             )
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank {rank} is outside of 0..{world_size - 1}")
-        if manifest.num_rows == 0:
-            raise DataError("the manifest has no images; curate or ingest some first")
-        self._manifest = manifest.select(["id", "shard", "offset", "length"]).combine_chunks()
-        self._read = read
-        self._crops, self._loader, self._decoding = crops, loader, decoding or DecodeConfig()
+        shuffle = shuffle or ShuffleConfig()
+        self._sources = tuple(sources)
+        self._order = GlobalOrder(
+            [source.table.counts for source in sources],
+            weights=[source.weight for source in sources],
+            seed=seed,
+            shuffle=shuffle,
+        )
+        self._pixels = PixelReader(self._sources, decoding or DecodeConfig(), loader.cache_bytes)
+        self._crops, self._loader, self._shuffle = crops, loader, shuffle
         self._masks, self._grid_hw = masks, masks.grid(crops.global_crops_size)
         self._seed, self._rank = seed, rank
         self._global_batch_size, self._batch_size = global_batch_size, global_batch_size // world_size
-        self._images = _DecodedImages(loader.cache_bytes)
         self._counts = _Counts()
+        self._next_step = 0
 
     @property
     def num_images(self) -> int:
-        """Images in the manifest: the length of an epoch."""
-        return int(self._manifest.num_rows)
+        """Images of all sources."""
+        return sum(source.table.num_images for source in self._sources)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the sequence stands after the last batch that was handed out; the same on every rank, for every world size."""
+        return {"position": self._next_step * self._global_batch_size, "order": self._order.digest}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where another loader stood. Raises DataError when it had another sequence or stood in the middle of a batch."""
+        if state["order"] != self._order.digest:
+            raise DataError(
+                "the loader's state is of another sequence of images: sources, their weights, seed or shuffle differ; "
+                "give those of the interrupted run or start a new version"
+            )
+        step, rest = divmod(int(state["position"]), self._global_batch_size)
+        if rest:
+            raise DataError(
+                f"position {state['position']} of the loader's state is no multiple of global_batch_size "
+                f"{self._global_batch_size}; go on with the batch size of the interrupted run"
+            )
+        self._next_step = step
 
     def statistics(self) -> LoaderStatistics:
         """What was done so far; callable at any time from any thread."""
@@ -176,17 +132,23 @@ class ImageLoader:
             failures = dict(sorted(counts.decode_failures.items()))
             return LoaderStatistics(counts.data_wait_seconds, counts.images, counts.bytes, failures)
 
+    def take_rejections(self) -> list[Rejection]:
+        """What was turned away in the batches that were handed out since the last call."""
+        with self._counts.lock:
+            taken, self._counts.rejections = self._counts.rejections, []
+        return taken
+
     def batch(self, step: int) -> Batch:
         """Compute the batch of one step in the caller's thread."""
-        arrays = self._new_arrays()
+        arrays, plan = self._new_arrays(), self._plan(step)
         self._draw_masks(arrays, step)
         for slot in range(self._batch_size):
-            self._fill(arrays, step, slot)
-        return arrays.batch()
+            self._fill(arrays, plan, slot, self._read_image)
+        return self._handed_out(arrays, step)
 
-    def iterate(self, start_step: int, num_steps: int) -> Generator[Batch, None, None]:
-        """Yield the batches of start_step, start_step + 1, ...; closing the iterator stops its threads."""
-        steps = range(start_step, start_step + num_steps)
+    def batches(self, num_steps: int) -> Generator[Batch, None, None]:
+        """Yield the next `num_steps` batches; closing the iterator stops its threads."""
+        steps = range(self._next_step, self._next_step + num_steps)
         batches = self._prefetch(steps) if self._loader.workers else (self.batch(step) for step in steps)
         try:
             while True:
@@ -202,76 +164,101 @@ class ImageLoader:
 
     def _prefetch(self, steps: range) -> Generator[Batch, None, None]:
         pool = ThreadPoolExecutor(self._loader.workers, thread_name_prefix="heliostat-loader")
-        waiting: deque[tuple[_BatchArrays, list[Future[None]]]] = deque()
+        waiting: deque[tuple[int, BatchArrays, list[Future[None]]]] = deque()
+        window = self._shard_window()
         try:
-            for step in steps:
+            for plan in self._plans(steps, window):
                 arrays = self._new_arrays()
-                fills = [pool.submit(self._fill, arrays, step, slot) for slot in range(self._batch_size)]
-                waiting.append((arrays, [*fills, pool.submit(self._draw_masks, arrays, step)]))
+                read = self._read_image if window is None else window.read
+                fills = [pool.submit(self._fill, arrays, plan, slot, read) for slot in range(self._batch_size)]
+                waiting.append((plan.step, arrays, [*fills, pool.submit(self._draw_masks, arrays, plan.step)]))
                 if len(waiting) > self._loader.prefetch_batches:
-                    yield _finished(*waiting.popleft())
+                    yield self._finished(*waiting.popleft(), window)
             while waiting:
-                yield _finished(*waiting.popleft())
+                yield self._finished(*waiting.popleft(), window)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+            if window is not None:
+                window.close()
 
-    def _new_arrays(self) -> _BatchArrays:
-        """Memory for one batch."""
-        crops, num_global = self._crops, NUM_GLOBAL_CROPS * self._batch_size
-        side, local_side = crops.global_crops_size, crops.local_crops_size
-        return _BatchArrays(
-            np.empty((num_global, 3, side, side), np.uint8),
-            np.empty((crops.local_crops_number * self._batch_size, 3, local_side, local_side), np.uint8),
-            np.empty((num_global, self._grid_hw[0] * self._grid_hw[1]), np.bool_),
-            [""] * self._batch_size,
-        )
+    def _finished(self, step: int, arrays: BatchArrays, fills: list[Future[None]], window: ShardWindow | None) -> Batch:
+        """Wait for every image of a batch; the first exception of a thread is raised here."""
+        for fill in fills:
+            fill.result()
+        if window is not None:
+            window.done(step)
+        return self._handed_out(arrays, step)
 
-    def _draw_masks(self, arrays: _BatchArrays, step: int) -> None:
+    def _handed_out(self, arrays: BatchArrays, step: int) -> Batch:
+        with self._counts.lock:
+            self._counts.rejections += arrays.rejections
+            self._counts.decode_failures.update(rejection.reason for rejection in arrays.rejections)
+        self._next_step = step + 1
+        return arrays.batch()
+
+    def _plan(self, step: int) -> _Plan:
+        places = self._order.batch(step * self._global_batch_size, self._global_batch_size)
+        return _Plan(step, places.take(slice(self._rank * self._batch_size, (self._rank + 1) * self._batch_size)))
+
+    def _shard_window(self) -> ShardWindow | None:
+        """Memory for whole shards, where they are read that way."""
+        whole = {"auto": any(source.reader.is_remote for source in self._sources), "shards": True, "images": False}
+        if not whole[self._loader.read_by]:
+            return None
+        window = ShardWindow(self._read_image, self._read_shard, self._loader.shard_bytes)
+        window.start()
+        return window
+
+    def _read_image(self, source: int, shard: str, offset: int, length: int) -> bytes:
+        data = self._sources[source].reader(shard, offset, length)
+        with self._counts.lock:
+            self._counts.bytes += len(data)
+        return data
+
+    def _read_shard(self, source: int, shard: str) -> bytes:
+        data = self._sources[source].reader.whole(shard)
+        with self._counts.lock:
+            self._counts.bytes += len(data)
+        return data
+
+    def _plans(self, steps: range, window: ShardWindow | None) -> Generator[_Plan, None, None]:
+        """The plans of all steps; with a window they are made ahead, so that it knows which shards are coming."""
+        ahead = 1 if window is None else -(-self._shuffle.window_images // self._global_batch_size)
+        planned: deque[_Plan] = deque()
+        for step in steps:
+            planned.append(self._plan(step))
+            if window is not None:
+                self._expect(planned[-1], window)
+            if len(planned) >= ahead:
+                yield planned.popleft()
+        yield from planned
+
+    def _expect(self, plan: _Plan, window: ShardWindow) -> None:
+        """Tell the window how many bytes of which shards a step needs."""
+        for number, source in enumerate(self._sources):
+            images = plan.places.image[plan.places.source == number]
+            shards, inverse = np.unique(source.table.shard_of(images), return_inverse=True)
+            needed = np.bincount(inverse, weights=source.table.length[images])
+            for shard, num_bytes in zip(shards.tolist(), needed.tolist(), strict=True):
+                size = int(source.table.shard_bytes[shard])
+                window.expect(plan.step, (number, source.table.shards[shard]), shard_bytes=size, image_bytes=int(num_bytes))
+
+    def _new_arrays(self) -> BatchArrays:
+        num_patches = self._grid_hw[0] * self._grid_hw[1]
+        return new_arrays(self._batch_size, self._crops, num_patches, pinned=torch.cuda.is_available())
+
+    def _draw_masks(self, arrays: BatchArrays, step: int) -> None:
         own = range(self._rank * self._batch_size, (self._rank + 1) * self._batch_size)
         arrays.masks[:] = batch_masks(self._masks, self._grid_hw, self._global_batch_size, seed=self._seed, step=step, own=own)
 
-    def _fill(self, arrays: _BatchArrays, step: int, slot: int) -> None:
+    def _fill(self, arrays: BatchArrays, plan: _Plan, slot: int, read: ReadBytes) -> None:
         """Read, decode and augment one image into its slots."""
-        position = step * self._global_batch_size + self._rank * self._batch_size + slot
-        index, image = self._decodable_image(position)
-        # Keyed by the position's own image: an image that also replaces its neighbour is cropped differently the second time.
-        crops = multi_crop(image, self._crops, (self._seed, *image_at(position, self.num_images, self._seed)))
-        for target_NCHW, crops_HWC in zip((arrays.global_crops, arrays.local_crops), crops, strict=True):
-            for number, crop_HWC in enumerate(crops_HWC):
-                target_NCHW[number * self._batch_size + slot] = crop_HWC.transpose(2, 0, 1)
-        arrays.image_ids[slot] = self._manifest["id"][index].as_py()
+        places = plan.places
+        source, epoch, image = int(places.source[slot]), int(places.epoch[slot]), int(places.image[slot])
+        found = self._pixels.find(source, image, read)
+        # Keyed by the image that was meant: one that also stands in for its neighbour is cropped differently the second time.
+        crops = multi_crop(found.pixels, self._crops, (self._seed, epoch, self._order.image_number(source, image)))
+        arrays.write(slot, crops, self._sources[source].table.id(found.image))
+        arrays.rejections.extend(found.rejections)
         with self._counts.lock:
             self._counts.images += 1
-
-    def _decodable_image(self, position: int) -> tuple[int, Pixels]:
-        """(index, pixels) at a position, or of the next position whose image can be decoded; each failure is counted."""
-        for replacement in range(position, position + _MAX_REPLACEMENTS):
-            _, index = image_at(replacement, self.num_images, self._seed)
-            try:
-                return index, self._pixels(index)
-            except ImageRejected as rejected:
-                last = rejected
-                with self._counts.lock:
-                    self._counts.decode_failures[rejected.reason] += 1
-        raise DataError(
-            f"{_MAX_REPLACEMENTS} images in a row cannot be decoded, the last one: {last}; curate the data set first"
-        ) from last
-
-    def _pixels(self, index: int) -> Pixels:
-        """Decoded pixels of one image, from memory where they are kept."""
-        image = self._images.get(index)
-        if image is None:
-            row = (self._manifest[name][index].as_py() for name in ("shard", "offset", "length"))
-            data = self._read(*row)
-            with self._counts.lock:
-                self._counts.bytes += len(data)
-            image = decode(data, self._decoding)
-            self._images.put(index, image)
-        return image
-
-
-def _finished(arrays: _BatchArrays, fills: list[Future[None]]) -> Batch:
-    """Wait for every image of a batch; the first exception of a thread is raised here."""
-    for fill in fills:
-        fill.result()
-    return arrays.batch()

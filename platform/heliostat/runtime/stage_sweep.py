@@ -22,9 +22,9 @@ from heliostat.runtime.interrupt import run_interruptible
 from heliostat.runtime.pipelines import Context, Summary, config_of, make
 from heliostat.runtime.progress import bar
 from heliostat.runtime.relay import Relay, Watcher
-from heliostat.runtime.stage_train import NOT_IN_FINGERPRINT, readable_rows, training_images
+from heliostat.runtime.stage_train import NOT_IN_FINGERPRINT
 from heliostat.runtime.sweep_grid import grid_points, trial_configs
-from heliostat.runtime.trainer import ReadRange
+from heliostat.runtime.training_data import training_data
 from heliostat.tracking import Run, Tracker
 from heliostat.training.engine import World
 from heliostat.training.run import TrainingJob, run_training
@@ -54,13 +54,13 @@ def sweep(context: Context, config: SweepConfig) -> Artifact:
         raise ConfigError("a sweep needs the pretrain section that its trials vary; add pretrain: to the recipe")
     points = grid_points(config.grid)
     configs = trial_configs(base, config)
-    images = training_images(context, base.data)
+    images = training_data(context, base.data)
 
     def work(draft: Draft, run: Run) -> Summary:
         context.need_ray()
-        manifest, read = readable_rows(images), ReadRange(images.files)
+        sources = images.sources()
         trials = [
-            Trial(index, points[index], TrainingJob(one, manifest, read, draft.files.child(f"trials/{index:03d}")))
+            Trial(index, points[index], TrainingJob(one, sources, draft.files.child(f"trials/{index:03d}")))
             for index, one in enumerate(configs)
         ]
         waiting = [trial for trial in trials if trial.job.files.size(_TRIAL) is None]
@@ -74,9 +74,9 @@ def sweep(context: Context, config: SweepConfig) -> Artifact:
 
     settings = {
         "sweep": config_of(config, without=("max_concurrent_trials", "cpus_per_trial", "gpus_per_trial", "report_every_steps")),
-        "pretrain": config_of(base, without=NOT_IN_FINGERPRINT),
+        "pretrain": config_of(base, without=NOT_IN_FINGERPRINT) | images.identity,
     }
-    return make(context, context.recipe.ref("sweep"), stage="sweep", config=settings, inputs={"data": images}, work=work)
+    return make(context, context.recipe.ref("sweep"), stage="sweep", config=settings, inputs=images.inputs, work=work)
 
 
 def _run_trials(context: Context, config: SweepConfig, trials: Sequence[Trial], parent_run: str) -> None:

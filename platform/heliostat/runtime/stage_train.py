@@ -1,20 +1,19 @@
 """pretrain and distill: images -> model artifacts."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from heliostat.artifacts import Artifact, ArtifactRef, Draft
-from heliostat.data.shards import manifest_from_bytes
+from heliostat.data.quarantine import QUARANTINE, Rejection, quarantine_to_bytes
 from heliostat.errors import DataError
 from heliostat.models.stored import teacher_state
 from heliostat.runtime.pipelines import Context, Plan, Summary, config_of, make_together
-from heliostat.runtime.stage_ingest import MANIFEST
-from heliostat.runtime.trainer import ReadRange, TrainingRequest, train
+from heliostat.runtime.trainer import TrainingRequest, train
+from heliostat.runtime.training_data import TrainingData, training_data
 from heliostat.runtime.weights import WeightSource, open_weights
 from heliostat.tracking import Run
+from heliostat.training.checkpoint import read_rejections
 from heliostat.training.recipe import (
     DistillConfig,
     PretrainConfig,
@@ -32,26 +31,9 @@ _OF_INIT = ("init.weights",)
 _OF_DISTILL = ("teacher", "teacher_head_steps", "students", "compare_with_scratch")
 
 
-def training_images(context: Context, data: str) -> Artifact:
-    """The artifact that a training stage reads: the one named, else the recipe's curated one, else its raw one."""
-    if data:
-        return context.load(ArtifactRef.parse(data))
-    kind = "curated" if context.recipe.curate is not None or context.recipe.ingest is None else "raw"
-    return context.load(context.recipe.ref(kind))
-
-
-def readable_rows(images: Artifact) -> pa.Table:
-    """The manifest without the files whose header could not be read. Raises DataError when nothing is left."""
-    manifest = manifest_from_bytes(images.files.read(MANIFEST))
-    rows = manifest.filter(pc.greater(manifest["width"], 0))
-    if rows.num_rows == 0:
-        raise DataError(f"{images.ref} holds no readable image; look at its manifest")
-    return rows
-
-
 def pretrain(context: Context, config: PretrainConfig) -> Artifact:
     """Train the recipe's model, then its further phases, each from the weights of the one before. Returns the last one."""
-    images = training_images(context, config.data)
+    images = training_data(context, config.data)
     init = None
     if config.init.weights:
         init = open_weights(context, config.init.weights, num_heads=config.student.num_heads)
@@ -67,14 +49,14 @@ def _pretrain_one(
     config: PretrainConfig,
     ref: ArtifactRef,
     *,
-    images: Artifact,
+    images: TrainingData,
     init: WeightSource | None,
     stage: str = "pretrain",
 ) -> Artifact:
     if init is not None:
         check_fit(init.what, init.config, config.student)
     settings = config_of(config, without=NOT_IN_FINGERPRINT + _OF_INIT)
-    plan = Plan(ref, settings | _identity(init=init), {"data": images} | _inputs(init=init))
+    plan = Plan(ref, settings | images.identity | _identity(init=init), images.inputs | _inputs(init=init))
 
     def start() -> dict[str, StartingWeights]:
         if init is None:
@@ -89,12 +71,12 @@ def _pretrain_one(
             )
         return {"": fit_backbone(weights, config.student)}
 
-    return _train(context, config, {"": plan}, stage=stage, start=start)[""]
+    return _train(context, config, {"": plan}, images=images, stage=stage, start=start)[""]
 
 
 def distill(context: Context, config: DistillConfig) -> Artifact:
     """Train the recipe's students against one frozen teacher, their phases, and their like without it. Returns the first."""
-    images = training_images(context, config.data)
+    images = training_data(context, config.data)
     teacher = _teacher(context, config, images)
     results = _distill_together(context, config, "", images=images, teacher=teacher, before={})
     first, before = next(iter(results.values())), results
@@ -109,7 +91,7 @@ def distill(context: Context, config: DistillConfig) -> Artifact:
     return first
 
 
-def _teacher(context: Context, config: DistillConfig, images: Artifact) -> WeightSource:
+def _teacher(context: Context, config: DistillConfig, images: TrainingData) -> WeightSource:
     """The teacher with heads: the artifact, the public weights, or these after heads were trained on them."""
     source = open_weights(context, config.teacher or str(context.recipe.ref("model")))
     if source.artifact is not None:
@@ -131,7 +113,7 @@ def _distill_together(
     config: DistillConfig,
     suffix: str,
     *,
-    images: Artifact,
+    images: TrainingData,
     teacher: WeightSource,
     before: Mapping[str, Artifact],
 ) -> dict[str, Artifact]:
@@ -139,16 +121,16 @@ def _distill_together(
     for name, backbone in config.backbones.items():
         init = WeightSource.of_artifact(before[name]) if before else None
         settings = config_of(config, without=NOT_IN_FINGERPRINT + _OF_DISTILL) | {"student": backbone.model_dump(mode="json")}
-        inputs = {"data": images} | _inputs(teacher=teacher, init=init)
+        inputs = images.inputs | _inputs(teacher=teacher, init=init)
         ref = context.recipe.ref("model", f"-{name or 'student'}{suffix}")
-        plans[name] = Plan(ref, settings | _identity(teacher=teacher), inputs)
+        plans[name] = Plan(ref, settings | images.identity | _identity(teacher=teacher), inputs)
 
     def start() -> dict[str, StartingWeights]:
         return {
             name: fit_backbone(WeightSource.of_artifact(model).read(), config.backbones[name]) for name, model in before.items()
         }
 
-    return _train(context, config, plans, stage="distill", start=start, teacher=teacher)
+    return _train(context, config, plans, images=images, stage="distill", start=start, teacher=teacher)
 
 
 def _inputs(**sources: WeightSource | None) -> dict[str, Artifact]:
@@ -166,30 +148,35 @@ def _train(
     config: TrainingConfig,
     plans: Mapping[str, Plan],
     *,
+    images: TrainingData,
     stage: str,
     start: Any,
     teacher: WeightSource | None = None,
 ) -> dict[str, Artifact]:
     """One training run that makes the artifacts of the plans, one for each network."""
-    images = next(iter(plans.values())).inputs["data"]
 
     def work(opened: Mapping[str, tuple[Draft, Run]]) -> dict[str, Summary]:
         if config.scaling.num_workers > 0:
             context.need_ray()
         own = _only(config, opened)
-        manifest = readable_rows(images)
-        for line in describe_training(own, manifest.num_rows):
+        sources = images.sources()
+        for line in describe_training(own, sum(source.table.num_images for source in sources)):
             context.progress.say(f"          {line}")
         stores = {name: draft.files for name, (draft, _) in opened.items()}
         weights = {name: one for name, one in start().items() if name in opened}
-        job = TrainingJob(
-            own, manifest, ReadRange(images.files), next(iter(stores.values())), _frozen(teacher), weights, stores
-        )
+        job = TrainingJob(own, sources, next(iter(stores.values())), _frozen(teacher), weights, stores)
         artifacts = {name: str(draft.ref) for name, (draft, _) in opened.items()}
         runs = {name: run for name, (_, run) in opened.items()}
         request = TrainingRequest(artifacts, job, context.tracker, {name: run.id for name, run in runs.items()})
         summary = train(request, runs, context.progress)
-        return {name: _summary(config, summary, name) for name in opened}
+        rejections = images.named(read_rejections(job.files))
+        if rejections:
+            for draft, _ in opened.values():
+                draft.put(QUARANTINE, quarantine_to_bytes(rejections))
+            context.progress.say(
+                f"          {len(rejections)} images could not be used, see {QUARANTINE}: {_reasons(rejections)}"
+            )
+        return {name: _summary(config, summary, name, len(rejections)) for name in opened}
 
     return make_together(context, plans, stage=stage, work=work)
 
@@ -201,6 +188,11 @@ def _only(config: TrainingConfig, names: Mapping[str, object]) -> TrainingConfig
     return config.model_copy(update={"students": {name: config.students[name] for name in names}})
 
 
+def _reasons(rejections: Sequence[Rejection]) -> str:
+    counts = Counter(rejection.reason for rejection in rejections)
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
+
+
 def _frozen(teacher: WeightSource | None) -> FrozenTeacher | None:
     if teacher is None:
         return None
@@ -208,10 +200,10 @@ def _frozen(teacher: WeightSource | None) -> FrozenTeacher | None:
     return FrozenTeacher(weights.config, teacher_state(weights.backbone, weights.heads))
 
 
-def _summary(config: TrainingConfig, summary: dict[str, Any], name: str) -> Summary:
+def _summary(config: TrainingConfig, summary: dict[str, Any], name: str, num_turned_away: int) -> Summary:
     counts = {"steps": config.train.steps, "images_seen": config.train.steps * config.train.global_batch_size}
-    failures = {"decode_failures": summary["decode_failures"]} if summary["decode_failures"] else {}
-    return Summary(counts | failures, summary["metrics"][name])
+    bad = {"images_turned_away": num_turned_away} if num_turned_away else {}
+    return Summary(counts | bad, summary["metrics"][name])
 
 
 def describe_training(config: TrainingConfig, num_images: int) -> list[str]:

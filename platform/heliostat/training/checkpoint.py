@@ -4,6 +4,7 @@
     _work/checkpoints/step-00000100/optimizer.safetensors  AdamW moments
     _work/checkpoints/step-00000100/history.jsonl          metric records since the checkpoint before
     _work/checkpoints/step-00000100/checkpoint.json        hashes and state, itself hashed, written last
+    _work/quarantine/step-00000100-rank-00003.parquet      images that a rank turned away since the checkpoint before
 
 No random state is stored: every draw of a step is a function of (seed, step, rank).
 """
@@ -18,11 +19,13 @@ from torch import Tensor
 
 from heliostat.artifacts import WORK, describe
 from heliostat.config import canonical_json
+from heliostat.data.quarantine import Rejection, quarantine_from_bytes, quarantine_to_bytes
 from heliostat.errors import CheckpointError, StorageError
 from heliostat.models.stored import tensors_from_bytes, tensors_to_bytes
 from heliostat.storage import Store
 
 FOLDER = f"{WORK}checkpoints/"
+_QUARANTINE = f"{WORK}quarantine/"
 _MANIFEST = "checkpoint.json"
 _MANIFEST_KEY = re.compile(rf"{FOLDER}step-(\d{{8,}})/{_MANIFEST}")
 
@@ -120,3 +123,15 @@ def read_history(files: Store, up_to_step: int) -> list[dict[str, Any]]:
                 f"{files.uri}/{entry.key} is damaged ({error}); remove it, the curves will lack these steps"
             ) from error
     return [rows[key] for key in sorted(rows)]
+
+
+def write_rejections(files: Store, step: int, rank: int, rejections: list[Rejection]) -> None:
+    """Keep what a rank turned away up to a step; every rank writes its own before the main rank's checkpoint of that step."""
+    if rejections:
+        files.put(f"{_QUARANTINE}step-{step:08d}-rank-{rank:05d}.parquet", quarantine_to_bytes(rejections))
+
+
+def read_rejections(files: Store) -> list[Rejection]:
+    """What all ranks turned away in the whole run, sorted, each once: restarts and world sizes do not change it."""
+    found = {rejection for entry in files.list(_QUARANTINE) for rejection in quarantine_from_bytes(files.read(entry.key))}
+    return sorted(found)

@@ -19,7 +19,14 @@ from heliostat.data.loader import ImageLoader
 from heliostat.errors import NonFiniteLossError
 from heliostat.models.weights import load_state
 from heliostat.storage import Store
-from heliostat.training.checkpoint import FOLDER, Checkpoint, newest_checkpoint, read_history, write_checkpoint
+from heliostat.training.checkpoint import (
+    FOLDER,
+    Checkpoint,
+    newest_checkpoint,
+    read_history,
+    write_checkpoint,
+    write_rejections,
+)
 from heliostat.training.collapse import Sign, collapse_signs
 from heliostat.training.diagnostics import feature_std, kl_to_teacher, prototype_usage, rankme, teacher_entropy
 from heliostat.training.distillation import Distillation
@@ -50,6 +57,7 @@ class LoopState:
     window_started: float = field(default_factory=time.perf_counter)
     window_images: int = 0
     window_wait_seconds: float = 0.0
+    window_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,7 @@ def fit(trainer: Trainer) -> list[dict[str, Any]]:
     """
     state = _restore(trainer)
     first, total = state.step, trainer.config.train.steps
-    with closing(trainer.loader.iterate(first, total - first)) as batches:
+    with closing(trainer.loader.batches(total - first)) as batches:
         for batch in batches:
             one_step(trainer, state, batch)
             if state.step % trainer.config.train.checkpoint_every_steps == 0 and state.step < total:
@@ -231,15 +239,18 @@ def _timings(trainer: Trainer, state: LoopState) -> dict[str, float]:
     timings = {
         "train/images_per_second": state.window_images / seconds,
         "train/data_wait_ratio": min(1.0, (statistics.data_wait_seconds - state.window_wait_seconds) / seconds),
+        "train/bytes_per_second": (statistics.bytes - state.window_bytes) / seconds,
         "train/decode_failures": float(sum(statistics.decode_failures.values())),
         "train/step": float(state.step),
     }
     state.window_started, state.window_images = now, 0
-    state.window_wait_seconds = statistics.data_wait_seconds
+    state.window_wait_seconds, state.window_bytes = statistics.data_wait_seconds, statistics.bytes
     return timings
 
 
 def _save(trainer: Trainer, state: LoopState) -> None:
+    write_rejections(trainer.files, state.step, trainer.world.rank, trainer.loader.take_rejections())
+    refuse_different_steps(state.step, trainer.world)  # and wait: the checkpoint says that all ranks have written theirs
     if trainer.world.is_main:
         checkpoint = Checkpoint(
             state.step,
@@ -249,6 +260,7 @@ def _save(trainer: Trainer, state: LoopState) -> None:
                 "skipped_steps": state.skipped_steps,
                 "skipped_in_a_row": state.skipped_in_a_row,
                 "networks": list(trainer.method.networks),
+                "loader": trainer.loader.state_dict(),
             },
         )
         write_checkpoint(trainer.files, checkpoint, state.history, keep=trainer.config.train.keep_checkpoints)
@@ -282,6 +294,7 @@ def _restore(trainer: Trainer) -> LoopState:
     frozen = {name: value for name, value in trainer.method.state_dict().items() if _is_frozen(trainer.method, name)}
     load_state(trainer.method, {**frozen, **checkpoint.model}, f"checkpoint of step {checkpoint.step}")
     trainer.engine.load_optimizer_tensors(checkpoint.optimizer)
+    trainer.loader.load_state_dict(checkpoint.state["loader"])
     if trainer.world.is_main:
         trainer.notify(f"resuming at step {checkpoint.step} of {trainer.config.train.steps}")
     return LoopState(checkpoint.step, checkpoint.state["skipped_steps"], checkpoint.state["skipped_in_a_row"])

@@ -5,12 +5,13 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import Field, StringConstraints, model_validator
 
 from heliostat.config import StrictModel, apply_overrides, validate
-from heliostat.data.config import CropsConfig, DecodeConfig, LoaderConfig
+from heliostat.data.config import CropsConfig, DecodeConfig, LoaderConfig, ShuffleConfig
 from heliostat.errors import ConfigError
 from heliostat.models.config import BackboneConfig
 from heliostat.training.config import MethodConfig, OptimConfig
 from heliostat.training.schedules import check_schedules
 
+SamplingWeight = Annotated[float, Field(gt=0)]
 Suffix = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 
 
@@ -111,8 +112,10 @@ class TrainingConfig(StrictModel):
     """Multi-crop augmentation."""
     decode: DecodeConfig = DecodeConfig()
     """Limits on encoded images."""
+    shuffle: ShuffleConfig = ShuffleConfig()
+    """The order in which images are visited."""
     loader: LoaderConfig = LoaderConfig()
-    """Threads and caches of the loader."""
+    """Threads and memory of the loader."""
     train: TrainConfig = TrainConfig()
     """Length, batch, seed, records."""
     scaling: ScalingConfig = ScalingConfig()
@@ -175,9 +178,10 @@ class TrainingConfig(StrictModel):
 class PretrainConfig(TrainingConfig):
     """Self-supervised training of a backbone, from scratch or from given weights."""
 
-    data: str = ""
-    """Artifact of images as curated/name@version or raw/name@version; empty takes the recipe's own. Without a recipe
-    (`heliostat pretrain data=./photos`) it is a folder or an `s3://` prefix of images."""
+    data: str | dict[str, SamplingWeight] = ""
+    """Artifact of images as curated/name@version or raw/name@version; several with their sampling weights as
+    {curated/a@1: 0.8, raw/b@1: 0.2}; empty takes the recipe's own. Without a recipe (`heliostat pretrain data=./photos`) it
+    is a folder or an `s3://` prefix of images."""
     init: InitConfig = InitConfig()
     """Weights to go on from."""
 
@@ -194,7 +198,7 @@ class PretrainConfig(TrainingConfig):
 class DistillConfig(TrainingConfig):
     """Training one student, or several, against one frozen teacher."""
 
-    data: str = ""
+    data: str | dict[str, SamplingWeight] = ""
     """As in pretrain."""
     teacher: str = ""
     """The frozen teacher: model/name@version, or a file or folder of public weights; empty takes the recipe's own model."""

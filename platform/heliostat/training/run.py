@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import pyarrow as pa
 import torch
 from torch import Tensor
 
+from heliostat.data.image_source import ImageSource
 from heliostat.data.loader import ImageLoader
 from heliostat.data.masking import MaskSettings
 from heliostat.models.config import BackboneConfig
@@ -21,8 +21,6 @@ from heliostat.training.method import SelfDistillation
 from heliostat.training.param_groups import build_optimizer
 from heliostat.training.recipe import TrainingConfig
 from heliostat.training.start import StartingWeights, start_network, start_targets
-
-Read = Callable[[str, int, int], bytes]
 
 
 @dataclass(frozen=True)
@@ -42,8 +40,7 @@ class TrainingJob:
     """
 
     config: TrainingConfig
-    manifest: pa.Table
-    read: Read
+    sources: tuple[ImageSource, ...]
     files: Store
     teacher: FrozenTeacher | None = None
     start: Mapping[str, StartingWeights] = field(default_factory=dict)
@@ -79,8 +76,7 @@ def build_trainer(job: TrainingJob, world: World, report: Report, notify: Callab
     engine = build_engine(method.networks, optimizer, clip_grad=config.optim.clip_grad, world=world, dtype=dtype)
     patch_size = next(iter(config.backbones.values())).patch_size
     loader = ImageLoader(
-        job.manifest,
-        job.read,
+        job.sources,
         crops=config.crops,
         loader=config.loader,
         masks=MaskSettings(
@@ -90,6 +86,7 @@ def build_trainer(job: TrainingJob, world: World, report: Report, notify: Callab
         ),
         global_batch_size=config.train.global_batch_size,
         seed=config.train.seed,
+        shuffle=config.shuffle,
         rank=world.rank,
         world_size=world.size,
         decoding=config.decode,
@@ -112,8 +109,7 @@ def run_training(job: TrainingJob, world: World, report: Report, notify: Callabl
         for key, data in model_files(_info(job.config, job.config.backbones[name]), state, text).items():
             files.put(key, data)
         metrics[name] = {key: value for key, value in rows[-1].items() if key != "step"} if rows else {}
-    failures = sum(trainer.loader.statistics().decode_failures.values())
-    return {"steps": job.config.train.steps, "metrics": metrics, "decode_failures": failures}
+    return {"steps": job.config.train.steps, "metrics": metrics}
 
 
 def _info(config: TrainingConfig, backbone: BackboneConfig) -> ModelInfo:

@@ -1,0 +1,71 @@
+"""The images that a training stage reads: one artifact, or several with sampling weights."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from heliostat.artifacts import Artifact, ArtifactRef
+from heliostat.data.image_source import ImageSource
+from heliostat.data.image_table import image_table
+from heliostat.data.quarantine import Rejection
+from heliostat.data.shards import manifest_from_bytes
+from heliostat.errors import DataError
+from heliostat.runtime.pipelines import Context
+from heliostat.runtime.stage_ingest import MANIFEST
+from heliostat.runtime.trainer import ReadRange
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Artifacts of images and their sampling weights."""
+
+    artifacts: tuple[Artifact, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def inputs(self) -> dict[str, Artifact]:
+        """The artifacts by role, for the lineage."""
+        return {f"data_{number}" if number > 1 else "data": one for number, one in enumerate(self.artifacts, start=1)}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What belongs into a fingerprint besides the inputs."""
+        return {"data_weights": list(self.weights)} if len(self.weights) > 1 else {}
+
+    def sources(self) -> tuple[ImageSource, ...]:
+        """What a loader reads from. Raises DataError for an artifact without a readable image."""
+        return tuple(
+            ImageSource(image_table(readable_rows(one)), ReadRange(one.files), weight)
+            for one, weight in zip(self.artifacts, self.weights, strict=True)
+        )
+
+    def named(self, rejections: Sequence[Rejection]) -> list[Rejection]:
+        """The rejections with the paths or URLs that their images came from."""
+        wanted = pa.array([rejection.id for rejection in rejections], pa.string())
+        sources: dict[str, str] = {}
+        for one in self.artifacts if rejections else ():
+            manifest = manifest_from_bytes(one.files.read(MANIFEST))
+            rows = manifest.filter(pc.is_in(manifest["id"], value_set=wanted))
+            sources |= dict(zip(rows["id"].to_pylist(), rows["source"].to_pylist(), strict=True))
+        return [replace(rejection, source=sources[rejection.id]) for rejection in rejections]
+
+
+def training_data(context: Context, data: str | Mapping[str, float]) -> TrainingData:
+    """The artifacts that are named, else the recipe's curated one, else its raw one."""
+    if not data:
+        kind = "curated" if context.recipe.curate is not None or context.recipe.ingest is None else "raw"
+        return TrainingData((context.load(context.recipe.ref(kind)),), (1.0,))
+    named = {data: 1.0} if isinstance(data, str) else data
+    return TrainingData(tuple(context.load(ArtifactRef.parse(name)) for name in named), tuple(named.values()))
+
+
+def readable_rows(images: Artifact) -> pa.Table:
+    """The manifest without the files whose header could not be read. Raises DataError when nothing is left."""
+    manifest = manifest_from_bytes(images.files.read(MANIFEST))
+    rows = manifest.filter(pc.greater(manifest["width"], 0))
+    if rows.num_rows == 0:
+        raise DataError(f"{images.ref} holds no readable image; look at its manifest")
+    return rows
