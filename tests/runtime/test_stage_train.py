@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -12,7 +13,8 @@ from tiny_training import SETTINGS, SHARD, shard
 
 from heliostat.artifacts import Artifact, ArtifactRef, Draft, lineage, render_lineage
 from heliostat.config import validate
-from heliostat.data.shards import manifest_rows, manifest_to_bytes
+from heliostat.data.quarantine import QUARANTINE, quarantine_from_bytes
+from heliostat.data.shards import MANIFEST_SCHEMA, manifest_rows, manifest_to_bytes
 from heliostat.errors import ArtifactConflictError, CheckpointError, DataError, UsageError
 from heliostat.models.names import to_fair_names
 from heliostat.models.stored import read_info, read_states
@@ -39,12 +41,14 @@ class Bench:
 
     def __init__(self, folder: Path, tar: bytes) -> None:
         self.folder, self.said = folder, io.StringIO()
-        context = self.context()
-        draft = context.artifacts.begin(ArtifactRef("raw", "tiny", "1"), config={"images": 34}, inputs={}, notify=print)
+        self.images("tiny", tar)
+
+    def images(self, name: str, tar: bytes) -> Artifact:
+        draft = self.context().artifacts.begin(ArtifactRef("raw", name, "1"), config={"images": name}, inputs={}, notify=print)
         assert isinstance(draft, Draft)
         draft.put(SHARD, tar)
         draft.put(MANIFEST, manifest_to_bytes(manifest_rows(SHARD, tar)))
-        draft.commit(counts={"images": 34})
+        return draft.commit(counts={"images": 34})
 
     def context(self, **sections: Any) -> Context:
         plain = {"name": "tiny", "store": str(self.folder / "store"), "tracking": {"uri": "none"}} | sections
@@ -284,3 +288,34 @@ def test_a_checkpoint_of_other_students_is_not_taken_up(bench: Bench, monkeypatc
     for name in ("tiny-small", "tiny-other"):
         files = [bench.model(name, version).files.read("backbone.safetensors") for version in ("1", "2")]
         assert files[0] == files[1], name
+
+
+def test_several_artifacts_are_mixed_by_weight_and_all_are_in_the_lineage(bench: Bench, tar: bytes) -> None:
+    bench.images("more", shard(1))
+    mixed = bench.pretrain(data={"raw/tiny@1": 0.75, "raw/more@1": 0.25})
+    assert mixed.record.inputs == {"data": "raw/tiny@1", "data_2": "raw/more@1"}
+    assert mixed.record.config["data_weights"] == [0.75, 0.25]
+    with pytest.raises(ArtifactConflictError, match="data_weights"):
+        bench.pretrain(data={"raw/tiny@1": 0.5, "raw/more@1": 0.5})
+    with pytest.raises(ArtifactConflictError):
+        bench.pretrain()
+    alone = bench.pretrain(version="2")
+    assert "data_weights" not in alone.record.config
+    assert alone.files.read("backbone.safetensors") != mixed.files.read("backbone.safetensors")
+
+
+def test_images_that_cannot_be_decoded_are_listed_with_their_reasons(bench: Bench) -> None:
+    tar = bytearray(shard(1, broken=2))
+    rows = manifest_rows(SHARD, bytes(tar)).to_pylist()
+    cut = next(row for row in rows if row["width"])
+    tar[cut["offset"] + cut["length"] // 2] ^= 0xFF  # after its manifest was made: the bytes are no longer those of the id
+    draft = bench.context().artifacts.begin(ArtifactRef("raw", "bad", "1"), config={}, inputs={}, notify=print)
+    assert isinstance(draft, Draft)
+    draft.put(SHARD, bytes(tar))
+    draft.put(MANIFEST, manifest_to_bytes(pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA)))
+    draft.commit(counts={})
+    model = bench.pretrain(data="raw/bad@1")
+    found = quarantine_from_bytes(model.files.read(QUARANTINE))
+    assert [(one.id, one.source, one.reason) for one in found] == [(cut["id"], cut["source"], "checksum_mismatch")]
+    assert model.record.counts["images_turned_away"] == 1
+    assert "1 images could not be used, see quarantine.parquet: 1 checksum_mismatch" in bench.said.getvalue()
