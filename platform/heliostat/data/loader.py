@@ -223,7 +223,8 @@ class ImageLoader:
 
     def _plans(self, steps: range, window: ShardWindow | None) -> Generator[_Plan, None, None]:
         """The plans of all steps; with a window they are made ahead, so that it knows which shards are coming."""
-        ahead = 1 if window is None else -(-self._shuffle.window_images // self._global_batch_size)
+        horizon = min(self._shuffle.window_images, self.num_images)
+        ahead = 1 if window is None else -(-horizon // self._global_batch_size)
         planned: deque[_Plan] = deque()
         for step in steps:
             planned.append(self._plan(step))
