@@ -8,9 +8,10 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-from heliostat.data.augment import CropParameters, apply_parameters, image_generator, multi_crop, normalise, sample_parameters
+from heliostat.data.augment import apply_parameters, multi_crop, normalise
 from heliostat.data.batch import Batch
 from heliostat.data.config import CropsConfig
+from heliostat.data.crop_parameters import CropParameters, image_generator, sample_parameters
 from heliostat.data.photographs import photograph
 from heliostat.errors import DataError
 
