@@ -29,7 +29,7 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's "L"
 
 _IDENTITY = (1.0, 0.0, 0.0)
 _ROWS_FIRST = 1.3  # shrinking by more, it is 10 % faster to shrink the rows first (measured); the operator begins with columns
-_TRUNCATION = -0.5  # Pillow's blends cut the fraction off where OpenCV rounds
+TRUNCATION = -0.5  # Pillow's blends cut the fraction off where OpenCV rounds
 
 # The loader's threads are the parallelism; OpenCV's own pool would only make them wait for each other.
 cv2.setNumThreads(1)
@@ -153,7 +153,7 @@ def _change_colors(crop: Pixels, jitter: tuple[tuple[str, float], ...], grayscal
             gray = amount * gray + (1.0 - amount) * (own + gray)
         else:
             shift *= amount
-        own, shift = amount * own, shift + _TRUNCATION
+        own, shift = amount * own, shift + TRUNCATION
         if operation != "saturation":
             gray *= amount
         if amount > 1.0:

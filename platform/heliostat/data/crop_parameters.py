@@ -98,6 +98,10 @@ class ParameterArrays:
             solarize_R=np.array([crop.solarize for crop in crops], np.bool_),
         )
 
+    def rows(self, rows: npt.NDArray[np.int64]) -> "ParameterArrays":
+        """The parameters of some of the crops."""
+        return ParameterArrays(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
+
 
 def image_generator(seed: int, epoch: int, image_index: int) -> np.random.Generator:
     """The generator of one image in one epoch. Philox streams of different keys are independent (Salmon et al. 2011)."""
