@@ -291,3 +291,12 @@ def test_two_ranks_stay_identical_and_resume_to_the_same_files(tmp_path: Path) -
     assert complete_steps(LocalStore(tmp_path / "stopped/run")) == [2]
     run_ranks(tmp_path / "stopped", 0)
     assert final_files(tmp_path / "stopped/run") == final_files(tmp_path / "whole/run")
+
+
+def test_a_run_that_cuts_its_crops_on_the_device_resumes_to_the_same_files(tmp_path: Path, tar: bytes) -> None:
+    whole, stopped = (job(tmp_path / name, settings("crops.cut_on=device"), tar) for name in ("whole", "stopped"))
+    train(whole, Log())
+    with pytest.raises(Stop):
+        train(stopped, StopAfter(step=4))
+    train(stopped, Log())
+    assert final_files(tmp_path / "stopped") == final_files(tmp_path / "whole")

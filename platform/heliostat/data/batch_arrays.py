@@ -1,35 +1,56 @@
 """The memory of one batch while threads fill it; each image is written to its own slots by its own thread."""
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from heliostat.data.augment import Pixels
+from heliostat.data.augment import Pixels, multi_crop_into
 from heliostat.data.batch import Batch
 from heliostat.data.config import NUM_GLOBAL_CROPS, CropsConfig
+from heliostat.data.crop_parameters import draw_parameters_batch
+from heliostat.data.device_augment import RawImages
 from heliostat.data.quarantine import Rejection
+from heliostat.data.raw_batch import RawBatch
 
 # Shapes: B images of this rank, G global crops, L local crops, C channels, H W global side, h w local side, N patches.
 
+RandomKey = tuple[int, int, int]  # seed, epoch, image number
 
-@dataclass(frozen=True)
-class BatchArrays:
-    """Crops (G*B, C, H, W) and (L*B, C, h, w) uint8, masks (G*B, N) bool, and what is known of the B images."""
 
+class BatchArrays(Protocol):
+    """What a batch is put together in. masks: (G*B, N) bool; rejections: what was turned away on the way to its images."""
+
+    masks: npt.NDArray[np.bool_]
+    rejections: list[Rejection]
+
+    def take(self, slot: int, pixels: Pixels, key: RandomKey, image_id: str) -> None:
+        """Put one decoded image into its slot; called from several threads for different slots."""
+
+    def batch(self) -> Batch | RawBatch:
+        """The batch; called when all slots are filled."""
+
+
+@dataclass
+class CropArrays:
+    """Crops that are cut on the CPU: (G*B, C, H, W) and (L*B, C, h, w) uint8."""
+
+    crops: CropsConfig
     global_crops: npt.NDArray[np.uint8]
     local_crops: npt.NDArray[np.uint8]
     masks: npt.NDArray[np.bool_]
     image_ids: list[str]
     rejections: list[Rejection] = field(default_factory=list)
 
-    def write(self, slot: int, crops: tuple[Pixels, Pixels], image_id: str) -> None:
-        """Lay the crops of one image, (G, H, W, C) and (L, h, w, C), into its slots."""
-        size = len(self.image_ids)
-        for target_NCHW, crops_HWC in zip((self.global_crops, self.local_crops), crops, strict=True):
-            for number, crop_HWC in enumerate(crops_HWC):
-                target_NCHW[number * size + slot] = crop_HWC.transpose(2, 0, 1)
+    def take(self, slot: int, pixels: Pixels, key: RandomKey, image_id: str) -> None:
+        """Cut the crops straight into the batch."""
+        by_crop = [
+            crops_NCHW.reshape(-1, len(self.image_ids), *crops_NCHW.shape[1:])[:, slot]
+            for crops_NCHW in (self.global_crops, self.local_crops)
+        ]
+        multi_crop_into(pixels, self.crops, key, *by_crop)
         self.image_ids[slot] = image_id
 
     def batch(self) -> Batch:
@@ -37,6 +58,33 @@ class BatchArrays:
         return Batch(
             torch.from_numpy(self.global_crops),
             torch.from_numpy(self.local_crops),
+            torch.from_numpy(self.masks),
+            tuple(self.image_ids),
+        )
+
+
+@dataclass
+class RawArrays:
+    """Decoded images whose crops are cut on the training device."""
+
+    crops: CropsConfig
+    masks: npt.NDArray[np.bool_]
+    image_ids: list[str]
+    pixels: list[Pixels]
+    keys: list[RandomKey]
+    pinned: bool
+    rejections: list[Rejection] = field(default_factory=list)
+
+    def take(self, slot: int, pixels: Pixels, key: RandomKey, image_id: str) -> None:
+        """Keep the pixels."""
+        self.pixels[slot], self.keys[slot], self.image_ids[slot] = pixels, key, image_id
+
+    def batch(self) -> RawBatch:
+        """One buffer with all pixels, and the parameters of their crops."""
+        sizes = [(pixels.shape[0], pixels.shape[1]) for pixels in self.pixels]
+        return RawBatch(
+            RawImages.pack(self.pixels, pin_memory=self.pinned),
+            draw_parameters_batch(sizes, self.crops, self.keys),
             torch.from_numpy(self.masks),
             tuple(self.image_ids),
         )
@@ -52,9 +100,14 @@ def new_arrays(num_images: int, crops: CropsConfig, num_patches: int, *, pinned:
             return torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()
         return np.empty(shape, np.uint8)
 
-    return BatchArrays(
+    masks, image_ids = empty(num_global, num_patches).view(np.bool_), [""] * num_images
+    if crops.cut_on == "device":
+        nothing = np.empty((0, 0, 3), np.uint8)
+        return RawArrays(crops, masks, image_ids, [nothing] * num_images, [(0, 0, 0)] * num_images, pinned)
+    return CropArrays(
+        crops,
         empty(num_global, 3, side, side),
         empty(crops.local_crops_number * num_images, 3, local_side, local_side),
-        empty(num_global, num_patches).view(np.bool_),
-        [""] * num_images,
+        masks,
+        image_ids,
     )

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from heliostat.data.augment import multi_crop
 from heliostat.data.batch import Batch
 from heliostat.data.batch_arrays import BatchArrays, new_arrays
 from heliostat.data.config import CropsConfig, DecodeConfig, LoaderConfig, ShuffleConfig
@@ -24,6 +23,7 @@ from heliostat.data.image_source import ImageSource, PixelReader, ReadBytes
 from heliostat.data.masking import MaskSettings, batch_masks
 from heliostat.data.order import GlobalOrder, Places
 from heliostat.data.quarantine import Rejection
+from heliostat.data.raw_batch import RawBatch
 from heliostat.data.shard_window import ShardWindow
 from heliostat.errors import ConfigError, DataError
 
@@ -93,7 +93,7 @@ class ImageLoader:
             seed=seed,
             shuffle=shuffle,
         )
-        self._pixels = PixelReader(self._sources, decoding or DecodeConfig(), loader.cache_bytes)
+        self._pixels = PixelReader(self._sources, decoding or DecodeConfig(), crops, loader.cache_bytes)
         self._crops, self._loader, self._shuffle = crops, loader, shuffle
         self._masks, self._grid_hw = masks, masks.grid(crops.global_crops_size)
         self._seed, self._rank = seed, rank
@@ -138,7 +138,7 @@ class ImageLoader:
             taken, self._counts.rejections = self._counts.rejections, []
         return taken
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> Batch | RawBatch:
         """Compute the batch of one step in the caller's thread."""
         arrays, plan = self._new_arrays(), self._plan(step)
         self._draw_masks(arrays, step)
@@ -146,7 +146,7 @@ class ImageLoader:
             self._fill(arrays, plan, slot, self._read_image)
         return self._handed_out(arrays, step)
 
-    def batches(self, num_steps: int) -> Generator[Batch, None, None]:
+    def batches(self, num_steps: int) -> Generator[Batch | RawBatch, None, None]:
         """Yield the next `num_steps` batches; closing the iterator stops its threads."""
         steps = range(self._next_step, self._next_step + num_steps)
         batches = self._prefetch(steps) if self._loader.workers else (self.batch(step) for step in steps)
@@ -162,7 +162,7 @@ class ImageLoader:
         finally:
             batches.close()
 
-    def _prefetch(self, steps: range) -> Generator[Batch, None, None]:
+    def _prefetch(self, steps: range) -> Generator[Batch | RawBatch, None, None]:
         pool = ThreadPoolExecutor(self._loader.workers, thread_name_prefix="heliostat-loader")
         waiting: deque[tuple[int, BatchArrays, list[Future[None]]]] = deque()
         window = self._shard_window()
@@ -181,7 +181,9 @@ class ImageLoader:
             if window is not None:
                 window.close()
 
-    def _finished(self, step: int, arrays: BatchArrays, fills: list[Future[None]], window: ShardWindow | None) -> Batch:
+    def _finished(
+        self, step: int, arrays: BatchArrays, fills: list[Future[None]], window: ShardWindow | None
+    ) -> Batch | RawBatch:
         """Wait for every image of a batch; the first exception of a thread is raised here."""
         for fill in fills:
             fill.result()
@@ -189,7 +191,7 @@ class ImageLoader:
             window.done(step)
         return self._handed_out(arrays, step)
 
-    def _handed_out(self, arrays: BatchArrays, step: int) -> Batch:
+    def _handed_out(self, arrays: BatchArrays, step: int) -> Batch | RawBatch:
         with self._counts.lock:
             self._counts.rejections += arrays.rejections
             self._counts.decode_failures.update(rejection.reason for rejection in arrays.rejections)
@@ -258,8 +260,8 @@ class ImageLoader:
         source, epoch, image = int(places.source[slot]), int(places.epoch[slot]), int(places.image[slot])
         found = self._pixels.find(source, image, read)
         # Keyed by the image that was meant: one that also stands in for its neighbour is cropped differently the second time.
-        crops = multi_crop(found.pixels, self._crops, (self._seed, epoch, self._order.image_number(source, image)))
-        arrays.write(slot, crops, self._sources[source].table.id(found.image))
+        key = (self._seed, epoch, self._order.image_number(source, image))
+        arrays.take(slot, found.pixels, key, self._sources[source].table.id(found.image))
         arrays.rejections.extend(found.rejections)
         with self._counts.lock:
             self._counts.images += 1

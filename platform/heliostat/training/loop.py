@@ -13,9 +13,9 @@ from typing import Any, Protocol
 
 import torch
 
-from heliostat.data.augment import normalise
 from heliostat.data.batch import Batch
 from heliostat.data.loader import ImageLoader
+from heliostat.data.raw_batch import RawBatch, crops_of
 from heliostat.errors import NonFiniteLossError
 from heliostat.models.weights import load_state
 from heliostat.storage import Store
@@ -97,14 +97,14 @@ def fit(trainer: Trainer) -> list[dict[str, Any]]:
     return read_history(trainer.files, total) if trainer.world.is_main else []
 
 
-def one_step(trainer: Trainer, state: LoopState, batch: Batch) -> None:
+def one_step(trainer: Trainer, state: LoopState, batch: Batch | RawBatch) -> None:
     """Train on one batch; a step whose loss or gradient is not finite is skipped, or ends the run, as the recipe says."""
     config, world = trainer.config, trainer.world
     values = _values(trainer, state.step)
     _freeze_backbones(trainer, state.step)
     seed_step(config.train.seed, state.step, world.rank)
-    batch = normalise(batch.to(world.device), config.crops)
-    result = train_step(trainer.method, trainer.optimizer, trainer.engine, batch, values)
+    crops = crops_of(batch, config.crops, world.device)
+    result = train_step(trainer.method, trainer.optimizer, trainer.engine, crops, values)
     if result.not_finite:
         _skip(trainer, state, result.not_finite)
     else:
