@@ -220,10 +220,20 @@ class S3Store:
 
 def _side_by_side(lanes: int, call: Callable[[Input], Result], inputs: Iterable[Input]) -> list[Result]:
     """Results in order. The first failure is raised, and what has not begun by then never does."""
-    with ThreadPoolExecutor(lanes, thread_name_prefix="heliostat-s3") as pool:
-        futures = [pool.submit(call, one) for one in inputs]
+    failures: list[BaseException] = []
+
+    def call_unless_failed(one: Input) -> Result:
+        if failures:
+            raise failures[0]
         try:
-            return [future.result() for future in futures]
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            return call(one)
+        except BaseException as error:
+            failures.append(error)
+            raise
+
+    with ThreadPoolExecutor(lanes, thread_name_prefix="heliostat-s3") as pool:
+        try:
+            return list(pool.map(call_unless_failed, inputs))
+        except BaseException as error:  # Ctrl-C too
+            failures.append(error)
             raise
