@@ -3,6 +3,7 @@
 import logging
 import threading
 import traceback
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -213,6 +214,9 @@ WRONG = "0" * 32
         ({"ETag": f'"{WRONG}"', "x-amz-server-side-encryption-customer-algorithm": "AES256"}, True),
         ({"ETag": f'"{WRONG}"', "x-amz-checksum-crc32": "y/Q5Jg=="}, True),  # cbf43926, which is looked at instead
         ({"ETag": f'"{MD5}"', "x-amz-checksum-crc32": "AAAAAA=="}, False),
+        ({"ETag": f'"{WRONG}"', "x-amz-meta-heliostat-crc32": "cbf43926"}, True),
+        ({"ETag": f'"{WRONG}-2"', "x-amz-meta-heliostat-crc32": "00000000"}, False),
+        ({"ETag": f'"{MD5}"', "x-amz-meta-heliostat-crc32": "not hex"}, True),
         ({"ETag": '"not an md5"'}, True),
     ],
 )
@@ -245,12 +249,12 @@ def test_a_server_refuses_an_upload_that_was_garbled_on_its_way(
     if not s3_server.checks_signatures:
         pytest.skip(f"{s3_server.description}: it verifies no digest, the real server does")
     digests = boto._digests
-    monkeypatch.setattr(boto, "_digests", lambda client, data: digests(client, data + b"?"))
+    monkeypatch.setattr(boto, "_digests", lambda client, data, _: digests(client, data + b"?", zlib.crc32(data + b"?")))
     store = S3Store(s3_bucket[5:], limits=LIMITS)
     with pytest.raises(StorageError, match=r"failed: BadDigest, tried 2 times"):
         store.put("key", b"1")
     assert store.size("key") is None
-    monkeypatch.setattr(boto, "_digests", lambda client, data: {"ContentMD5": digests(client, data + b"?")["ContentMD5"]})
+    monkeypatch.setattr(boto, "_digests", lambda client, data, _: {"ContentMD5": digests(client, data + b"?", 0)["ContentMD5"]})
     with pytest.raises(StorageError, match=r"failed: BadDigest"):
         store.put("key", b"1")
 

@@ -29,7 +29,7 @@ from heliostat.storage.store import ObjectInfo
 CONNECT_TIMEOUT_SECONDS = 5.0
 READ_TIMEOUT_SECONDS = 60.0
 """Silence of a store for so long counts as a fault; it is not the time of a whole request."""
-_WRITER = "heliostat-writer"
+_WRITER, _CRC32 = "heliostat-writer", "heliostat-crc32"  # user metadata of what we write; lower-case hex
 _MISSING_CODES = frozenset({"404", "NoSuchKey", "NotFound", "NoSuchUpload"})
 _PRECONDITION_CODES = frozenset({"412", "PreconditionFailed"})
 # 409: two conditional writes collided, "try again" says the S3 documentation; then one of them finds the other's object.
@@ -96,9 +96,9 @@ class BotoBucket:
             data: bytes = body.read() if num_bytes <= whole else _read_exactly(body, beginning)
             body.close()  # what was not read is not waited for
             checksum = _checksum(client, response)
-            # botocore has compared a crc32 that came with the object; the MD5 in an ETag it leaves to us
-            if len(data) == num_bytes and checksum and checksum.kind == "md5" and not checksum.agrees_with(data):
-                raise TransientStorageError("content does not match its ETag", DAMAGED)
+            compared = "ChecksumCRC32" in response  # by botocore, when it read the body to its end
+            if len(data) == num_bytes and checksum and not compared and not checksum.agrees_with(data):
+                raise TransientStorageError(f"content does not match its {checksum.kind}", DAMAGED)
         count(bytes_read=len(data))
         return Answer(data, num_bytes, response["ETag"], checksum)
 
@@ -125,9 +125,9 @@ class BotoBucket:
     def put(self, key: str, data: bytes, *, create: bool, writer: str) -> None:
         condition = {"IfNoneMatch": "*"} if create else {}
         with self._request("put", key, num_bytes=len(data)) as client:
-            client.put_object(
-                Bucket=self.name, Key=key, Body=data, Metadata={_WRITER: writer}, **_digests(client, data), **condition
-            )
+            crc32 = zlib.crc32(data)
+            known = {"Metadata": {_WRITER: writer, _CRC32: f"{crc32:08x}"}, **_digests(client, data, crc32)}
+            client.put_object(Bucket=self.name, Key=key, Body=data, **known, **condition)
 
     def delete(self, key: str) -> None:
         try:
@@ -136,9 +136,10 @@ class BotoBucket:
         except ObjectNotFoundError:  # some stores tell; S3 itself does not
             return
 
-    def start_upload(self, key: str, *, writer: str) -> str:
+    def start_upload(self, key: str, *, writer: str, crc32: str) -> str:
         with self._request("put", key) as client:
-            return str(client.create_multipart_upload(Bucket=self.name, Key=key, Metadata={_WRITER: writer})["UploadId"])
+            known = {_WRITER: writer, _CRC32: crc32}
+            return str(client.create_multipart_upload(Bucket=self.name, Key=key, Metadata=known)["UploadId"])
 
     def put_piece(self, key: str, upload: str, number: int, data: bytes) -> str:
         with self._request("put", key, num_bytes=len(data)) as client:
@@ -229,23 +230,28 @@ def _read_exactly(body: Any, num_bytes: int) -> bytes:
 def _checksum(client: Any, response: Any) -> Checksum | None:
     """What the store says about a whole object; None when it says nothing that we can compute, or when we are told not to look.
 
-    An ETag is the MD5 of an object that was written in one piece, unless KMS or a customer's key encrypts it.
+    First what the store computed, then what we wrote beside the object (for stores that keep no crc32, and for objects in
+    pieces), then the ETag, which costs most: it is the MD5 of an object that was written in one piece, unless KMS or a
+    customer's key encrypts it.
     """
     if client.meta.config.response_checksum_validation != "when_supported":
         return None
     crc32 = response.get("ChecksumCRC32", "")
     if crc32 and "-" not in crc32:
         return Checksum("crc32", base64.b64decode(crc32).hex())
+    ours = response.get("Metadata", {}).get(_CRC32, "")
+    if re.fullmatch(r"[0-9a-f]{8}", ours):
+        return Checksum("crc32", ours)
     encrypted = response.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in response
     tag = re.fullmatch(r'"([0-9a-f]{32})"', response["ETag"])
     return Checksum("md5", tag[1]) if tag and not encrypted else None
 
 
-def _digests(client: Any, data: bytes) -> dict[str, str]:
+def _digests(client: Any, data: bytes, crc32: int) -> dict[str, str]:
     """Content-MD5, which every S3 server verifies, and the CRC32 that newer ones keep beside the object, for cheap reads."""
     digests = {"ContentMD5": _base64(hashlib.md5(data, usedforsecurity=False).digest())}
     if client.meta.config.request_checksum_calculation == "when_supported":
-        digests["ChecksumCRC32"] = _base64(zlib.crc32(data).to_bytes(4, "big"))
+        digests |= {"ChecksumAlgorithm": "CRC32", "ChecksumCRC32": _base64(crc32.to_bytes(4, "big"))}
     return digests
 
 

@@ -89,8 +89,8 @@ class Bucket(Protocol):
     def delete(self, key: str) -> None:
         """No error when there is no such object."""
 
-    def start_upload(self, key: str, *, writer: str) -> str:
-        """Begin a write in pieces; nothing is visible before it is finished. Returns the id of the upload."""
+    def start_upload(self, key: str, *, writer: str, crc32: str) -> str:
+        """Begin a write in pieces, with the crc32 of the whole in hex; nothing is visible before its end. Returns its id."""
 
     def put_piece(self, key: str, upload: str, number: int, data: bytes) -> str:
         """Send piece `number` (1 to 10,000; at least 5 MiB but for the last); returns its tag."""

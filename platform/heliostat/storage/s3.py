@@ -6,6 +6,7 @@ answer was lost finds its own object, and knows it by the token it wrote beside 
 
 import io
 import secrets
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -189,7 +190,8 @@ class S3Store:
         if create and self.size(key) is not None:  # before all of it is sent for nothing; the last step asks again
             raise ObjectExistsError(f"{self.uri}/{key} exists already")
         step = max(self._limits.put_piece_bytes, -(-len(data) // _MOST_PIECES))
-        upload = self._request("put", key, lambda: self._bucket.start_upload(name, writer=writer))
+        crc32 = f"{zlib.crc32(data):08x}"
+        upload = self._request("put", key, lambda: self._bucket.start_upload(name, writer=writer, crc32=crc32))
 
         def send(number: int) -> str:
             piece = data[(number - 1) * step : number * step]
