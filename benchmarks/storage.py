@@ -67,12 +67,12 @@ def bare_get(client: object, bucket: str, key: str) -> Callable[[], bytes]:
 
 
 def transfers(server: S3Server) -> list[str]:
-    """Rows for reads and writes of several sizes, each repeated up to 20 times a round."""
+    """Rows for reads and writes of several sizes, each repeated up to 10 times a round."""
     client, bucket, rows = server.client(), "benchmark", []
     client.create_bucket(Bucket=bucket)
     store = S3Store(bucket)
-    for megabytes in (0.1, 4, 24, 72):
-        data, repeats = os.urandom(int(megabytes * MEGABYTE)), min(20, max(1, int(24 / megabytes)))
+    for megabytes in (0.1, 24, 72):
+        data, repeats = os.urandom(int(megabytes * MEGABYTE)), min(10, max(1, int(24 / megabytes)))
         total = repeats * megabytes
         store.put("object", data)
         client.put_object(Bucket=bucket, Key="others", Body=data)
@@ -83,8 +83,8 @@ def transfers(server: S3Server) -> list[str]:
             "read bare": bare,
             "others ours": lambda: store.read("others"),
             "others boto3": lambda client=client: client.get_object(Bucket=bucket, Key="others")["Body"].read(),
-            "write ours": lambda data=data: store.put("object", data),
-            "write boto3": lambda data=data: client.put_object(Bucket=bucket, Key="object", Body=data),
+            "write ours": lambda data=data: store.put("written", data),
+            "write boto3": lambda data=data: client.put_object(Bucket=bucket, Key="written", Body=data),
         }
         contents = {name: ways[name]() for name in ("read ours", "read boto3", "read bare", "others ours")}
         assert all(content == data for content in contents.values()), "the ways differ"
