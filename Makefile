@@ -30,6 +30,7 @@ check: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/foundation.py
 	$(BIN)/python benchmarks/step_cpu.py
+	$(BIN)/python benchmarks/storage.py
 
 clean:
 	rm -rf $(VENV) .cache heliostat-store

@@ -5,7 +5,9 @@
     │   └── ConfigError            a recipe or an override is wrong
     ├── StorageError               object storage refused or failed
     │   ├── ObjectNotFoundError
-    │   └── ObjectExistsError      a conditional write lost the race
+    │   ├── ObjectExistsError      a conditional write lost the race
+    │   ├── ObjectReplacedError    the object changed while it was read in pieces
+    │   └── TransientStorageError  one request failed in a way that another may not; never leaves the storage room
     ├── ArtifactError
     │   ├── ArtifactNotFoundError
     │   └── ArtifactConflictError  the version exists with another configuration
@@ -47,6 +49,18 @@ class ObjectNotFoundError(StorageError):
 
 class ObjectExistsError(StorageError):
     """A write that must create the object found one already there."""
+
+
+class ObjectReplacedError(StorageError):
+    """The object is no longer the one whose reading was begun."""
+
+
+class TransientStorageError(StorageError):
+    """One request failed in a way that the next may not. The message is the reason alone; `advice` says what a user can do."""
+
+    def __init__(self, reason: str, advice: str) -> None:
+        super().__init__(reason)
+        self.advice = advice
 
 
 class ArtifactError(HeliostatError):

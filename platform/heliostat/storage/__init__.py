@@ -1,0 +1,60 @@
+"""EDGE to object storage: folders and `s3://` prefixes behind one interface.
+
+    store.py        what every store promises, and which keys are allowed
+    local.py        a folder
+    s3.py           a prefix of a bucket: what is tried again, read and written in pieces
+    bucket.py       what a bucket can be asked, one request each
+    boto.py         the same of a real one; the only file that knows boto3
+    statistics.py   counts of requests, retries and bytes
+
+Every write is atomic: a reader sees the old object, the new object, or nothing.
+"""
+
+import os
+import threading
+from pathlib import Path
+
+from heliostat.errors import UsageError
+from heliostat.storage.local import LocalStore
+from heliostat.storage.s3 import S3Limits, S3Store
+from heliostat.storage.statistics import StorageStatistics, storage_statistics
+from heliostat.storage.store import ObjectInfo, Store, check_key
+
+__all__ = [
+    "LocalStore",
+    "ObjectInfo",
+    "S3Limits",
+    "S3Store",
+    "StorageStatistics",
+    "Store",
+    "check_key",
+    "check_writable",
+    "open_store",
+    "storage_statistics",
+]
+
+
+def open_store(uri: str) -> Store:
+    """A store from a path or an `s3://bucket/prefix` URI. Raises UsageError for any other scheme."""
+    scheme, separator, rest = uri.partition("://")
+    if not separator:
+        return LocalStore(Path(uri).expanduser())
+    if scheme == "s3":
+        bucket, _, prefix = rest.partition("/")
+        if not bucket:
+            raise UsageError(f"{uri} names no bucket; write s3://bucket/prefix")
+        if "@" in bucket or ":" in bucket:  # not repeated in the message: it may be a secret, and messages are kept
+            raise UsageError(
+                "an s3:// URI holds a user, a password or a port; write s3://bucket/prefix and use AWS_* variables"
+            )
+        return S3Store(bucket, prefix)
+    if scheme == "file":
+        return LocalStore(Path(rest))
+    raise UsageError(f"store scheme {scheme}:// is not known; use a local path or s3://bucket/prefix")
+
+
+def check_writable(store: Store) -> None:
+    """Write and delete a probe object, so that an unwritable store is refused before any work starts."""
+    key = f"_work/write-probe-{os.getpid()}-{threading.get_ident()}"
+    store.put(key, b"heliostat")
+    store.delete(key)
