@@ -20,7 +20,7 @@ from torch import Tensor
 from heliostat.artifacts import WORK, describe
 from heliostat.config import canonical_json
 from heliostat.data.quarantine import Rejection, quarantine_from_bytes, quarantine_to_bytes
-from heliostat.errors import CheckpointError, StorageError
+from heliostat.errors import CheckpointError, ObjectNotFoundError
 from heliostat.models.stored import tensors_from_bytes, tensors_to_bytes
 from heliostat.storage import Store
 
@@ -92,12 +92,15 @@ def _read(files: Store, step: int) -> Checkpoint:
             tensors_from_bytes(content["optimizer.safetensors"], folder + "optimizer.safetensors"),
             manifest["state"],
         )
-    except (StorageError, ValueError, KeyError, TypeError, AttributeError) as error:  # a manifest may be any JSON
+    except (ObjectNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:  # a manifest may be any JSON
         raise CheckpointError(f"checkpoint of step {step} cannot be read: {error}") from error
 
 
 def newest_checkpoint(files: Store, notify: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint whose hashes agree; every bad one is passed over with a notice."""
+    """The newest checkpoint whose hashes agree; every bad one is passed over with a notice.
+
+    A store that cannot be read is an error: an outage must not cost the steps since an older checkpoint.
+    """
     for step in reversed(complete_steps(files)):
         try:
             return _read(files, step)
