@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-from heliostat.data.augment import apply_parameters, multi_crop, multi_crop_into, normalise
+from heliostat.data.augment import apply_parameters, crop_by_key, multi_crop, multi_crop_into, normalise
 from heliostat.data.batch import Batch
 from heliostat.data.config import CropsConfig
 from heliostat.data.crop_parameters import CropParameters, image_generator, sample_parameters
@@ -117,6 +117,13 @@ def test_maps_that_wait_for_each_other_agree_with_one_operation_after_the_other(
 @pytest.mark.parametrize("turns", [-0.5, -0.34, 0.0, 0.004, 0.2, 0.5])
 def test_any_turn_of_the_hue_agrees_with_pillow(turns: float) -> None:
     assert _error(photograph("coffee"), CropParameters(3, 5, 200, 180, 96, jitter=(("hue", turns),))) <= TOLERANCE
+
+
+def test_a_crop_is_made_again_from_its_key() -> None:
+    config, image = CropsConfig(global_crops_size=32, local_crops_size=16, local_crops_number=3), photograph("coffee")
+    crops = [crop for kind in multi_crop(image, config, (7, 3, 41)) for crop in kind]
+    for number, crop in enumerate(crops):
+        assert (crop_by_key(image, config, (7, 3, 41), number) == crop).all()
 
 
 @pytest.mark.parametrize("planar", [True, False])

@@ -48,6 +48,17 @@ def multi_crop(image: Pixels, config: CropsConfig, rng_key: tuple[int, int, int]
     return global_crops, local_crops
 
 
+def crop_by_key(image: Pixels, config: CropsConfig, rng_key: tuple[int, int, int], number: int) -> Pixels:
+    """One crop alone, the same bytes as in `multi_crop`: for looking at what a run saw.
+
+    image: as decoded for that run (`decode` with its crops settings). rng_key: (seed, epoch, image index). number: 0 and 1 are
+    the global crops, then the local ones. Returns (size, size, 3) uint8 RGB.
+    """
+    return apply_parameters(
+        image, sample_parameters((image.shape[0], image.shape[1]), config, image_generator(*rng_key))[number]
+    )
+
+
 def multi_crop_into(
     image: Pixels, config: CropsConfig, rng_key: tuple[int, int, int], global_out: Pixels, local_out: Pixels
 ) -> None:
