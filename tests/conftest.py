@@ -30,6 +30,14 @@ from s3_server import STATUS, s3_bucket, s3_server  # noqa: E402
 __all__ = ["s3_bucket", "s3_server"]
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Long runs under interruption are for those who ask: `pytest -m soak`."""
+    if "soak" not in config.option.markexpr:
+        for item in items:
+            if item.get_closest_marker("soak"):
+                item.add_marker(pytest.mark.skip(reason="runs with -m soak"))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Say which S3 server the tests ran against."""
     status = config.stash.get(STATUS, "")

@@ -10,9 +10,11 @@ import numpy.typing as npt
 import pytest
 from PIL import Image, ImageOps
 
-from heliostat.data.config import IMAGE_FORMATS, DecodeConfig
-from heliostat.data.decode import REASONS, ImageRejected, decode, probe
-from heliostat.data.photographs import photograph
+from heliostat.data.augment import apply_parameters
+from heliostat.data.config import IMAGE_FORMATS, CropsConfig, DecodeConfig
+from heliostat.data.crop_parameters import CropParameters, image_generator, sample_parameters
+from heliostat.data.decode import REASONS, ImageRejected, decode, probe, reduction_for
+from heliostat.data.photographs import photograph, photographs
 
 LIMITS = DecodeConfig()
 
@@ -253,3 +255,96 @@ def test_samples_without_a_range_are_rejected() -> None:
 def test_a_rejection_survives_pickling_with_its_verdict() -> None:
     rejected = pickle.loads(pickle.dumps(ImageRejected("too_small", "3 x 3")))
     assert (rejected.verdict.reason, rejected.verdict.detail, str(rejected)) == ("too_small", "3 x 3", "too_small: 3 x 3")
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "reduction"),
+    [(375, 500, 1), (768, 1024, 1), (870, 1156, 1), (873, 1161, 2), (2000, 3000, 4), (5000, 7000, 8)],
+)
+def test_the_reduction_follows_from_the_size_and_the_crops(height: int, width: int, reduction: int) -> None:
+    assert reduction_for(height, width, CropsConfig()) == reduction_for(width, height, CropsConfig()) == reduction
+    assert reduction_for(height, width, CropsConfig(local_crops_size=400)) == 1 or reduction == 8
+    assert reduction_for(100, 100_000, CropsConfig()) == 1  # the box that is left for such a picture is 100 pixels high
+
+
+def test_no_crop_of_a_reduced_image_is_enlarged() -> None:
+    config = CropsConfig(global_crops_size=56, local_crops_size=24)
+    for height, width in ((250, 350), (500, 400), (1000, 1400), (300, 2400)):
+        reduction = reduction_for(height, width, config)
+        reduced_hw = (-(-height // reduction), -(-width // reduction))
+        crops = [crop for index in range(200) for crop in sample_parameters(reduced_hw, config, image_generator(0, 0, index))]
+        assert min(min(crop.height, crop.width) - crop.size for crop in crops) >= 0
+
+
+@pytest.mark.parametrize("subsampling", [0, 2])
+def test_crops_of_reduced_images_lie_close_to_those_of_whole_ones(subsampling: int) -> None:
+    config, seen = CropsConfig(global_crops_size=112, local_crops_size=49), 0
+    for name, picture in photographs().items():
+        data = _saved(Image.fromarray(picture), "jpeg", quality=90, subsampling=subsampling)
+        whole, reduced = decode(data, LIMITS), decode(data, LIMITS, crops=config)
+        by = reduction_for(*picture.shape[:2], config)
+        assert reduced.shape[:2] == (-(-whole.shape[0] // by), -(-whole.shape[1] // by))
+        errors = []
+        for crop in sample_parameters(reduced.shape[:2], config, image_generator(0, 0, 0)) if by > 1 else []:
+            corner = (min(whole.shape[1], (crop.left + crop.width) * by), min(whole.shape[0], (crop.top + crop.height) * by))
+            expected = Image.fromarray(whole).resize(
+                (crop.size,) * 2, Image.Resampling.BICUBIC, (crop.left * by, crop.top * by, *corner)
+            )
+            ours = apply_parameters(reduced, CropParameters(*crop[:5]))
+            errors.append(np.abs(ours.astype(int) - np.asarray(expected)).mean())
+        seen += len(errors)
+        if errors:  # on textures the smallest boxes, hardly larger than the crop, differ more: 2.2 at most (measured)
+            assert np.mean(errors) <= 1.5, name
+            assert max(errors) <= 2.5, name
+    assert seen >= 100
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize(("orientation", "quarter_turns"), [(1, 0), (3, 2), (6, 3), (8, 1)])
+def test_reduced_images_keep_orientation_and_odd_sides(mode: str, orientation: int, quarter_turns: int) -> None:
+    config, picture, exif = (
+        CropsConfig(global_crops_size=16, local_crops_size=8),
+        _photograph(333, 251).convert(mode),
+        Image.Exif(),
+    )
+    upright = decode(_saved(picture, "jpeg", quality=95), LIMITS, crops=config)
+    assert upright.shape == (63, 84, 3)  # a quarter, rounded up
+    exif[274] = orientation
+    turned = decode(_saved(picture, "jpeg", quality=95, exif=exif), LIMITS, crops=config)
+    assert (turned == np.rot90(upright, quarter_turns)).all()
+    quarter = picture.convert("RGB").crop((0, 0, 332, 248)).resize((83, 62), Image.Resampling.BOX)
+    assert np.abs(upright[:62, :83].astype(int) - np.asarray(quarter)).mean() < 4.0  # another filter; a pixel's shift costs 20
+
+
+def test_cmyk_is_inverted_where_the_adobe_marker_says_so() -> None:
+    picture = _photograph()
+    data = _saved(picture.convert("CMYK"), "jpeg", quality=95)  # with the marker, inverted, as Photoshop writes it
+    start = data.index(b"\xff\xee")
+    (length,) = struct.unpack_from(">H", data, start + 2)
+    assert data[start + 4 : start + 9] == b"Adobe"
+    unmarked = data[:start] + data[start + 2 + length :]
+    assert np.abs(decode(data, LIMITS).astype(int) - np.array(picture)).mean() < 4.0
+    assert (decode(unmarked, LIMITS) == _expected(unmarked)).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "LA", "RGBA", "P", "1", "I;16"])
+def test_png_of_every_kind_decodes_like_pillow_to_the_bit(mode: str) -> None:
+    picture = (
+        Image.fromarray(np.arange(40 * 60, dtype=np.uint16).reshape(40, 60) * 27)
+        if mode == "I;16"
+        else _photograph().convert(mode)
+    )
+    data = _saved(picture, "png")
+    expected = np.array(picture, np.uint16) >> 8 if mode == "I;16" else np.array(picture.convert("RGB"))
+    assert (decode(data, LIMITS) == (expected[:, :, None] if mode == "I;16" else expected)).all()
+
+
+def test_texts_and_profiles_of_a_png_change_no_pixel() -> None:
+    data = _saved(_photograph(), "png")
+    end = data.index(b"IDAT") - 4
+    extra = (
+        _png_chunk(b"gAMA", struct.pack(">I", 220_000))
+        + _png_chunk(b"acTL", struct.pack(">II", 10**6, 0))
+        + _png_chunk(b"tEXt", b"k\0v")
+    )
+    assert (decode(data[:end] + extra + data[end:], LIMITS) == decode(data, LIMITS)).all()
