@@ -200,7 +200,7 @@ def test_a_store_that_cannot_be_written_is_refused(capsys: pytest.CaptureFixture
 
 def test_a_version_with_another_configuration_is_refused_with_the_changed_field(capsys, tmp_path: Path, photos: Path) -> None:
     artifacts = ArtifactStore(LocalStore(tmp_path / "store"))
-    digest = {"source_digest": "of other files", "images_per_shard": 512}
+    digest = {"source_digest": "of other files", "images_per_shard": 512, "shard_bytes": 2**30, "format": "tar"}
     draft = artifacts.begin(ArtifactRef("raw", "demo", "1"), config=digest, inputs={}, notify=print)
     before = draft.commit(counts={}).record
     assert main(["ingest", "laptop", f"pool={photos}", "store=store"]) == 1

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from heliostat.artifacts import Artifact, Draft, clean
+from heliostat.data.shard_reader import ShardReader
 from heliostat.errors import ConfigError, TrainingError
 from heliostat.evaluation.judge import Candidate
 from heliostat.models.stored import read_backbone_files
@@ -24,7 +25,6 @@ from heliostat.runtime.progress import bar
 from heliostat.runtime.relay import Relay, Watcher
 from heliostat.runtime.stage_train import NOT_IN_FINGERPRINT, readable_rows, training_images
 from heliostat.runtime.sweep_grid import grid_points, trial_configs
-from heliostat.runtime.trainer import ReadRange
 from heliostat.tracking import Run, Tracker
 from heliostat.training.engine import World
 from heliostat.training.run import TrainingJob, run_training
@@ -58,7 +58,7 @@ def sweep(context: Context, config: SweepConfig) -> Artifact:
 
     def work(draft: Draft, run: Run) -> Summary:
         context.need_ray()
-        manifest, read = readable_rows(images), ReadRange(images.files)
+        manifest, read = readable_rows(images), ShardReader(images.files)
         trials = [
             Trial(index, points[index], TrainingJob(one, manifest, read, draft.files.child(f"trials/{index:03d}")))
             for index, one in enumerate(configs)

@@ -7,12 +7,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from heliostat.artifacts import Artifact, ArtifactRef, Draft
-from heliostat.data.shards import manifest_from_bytes
+from heliostat.data.manifest import manifest_from_bytes
+from heliostat.data.shard_reader import ShardReader
 from heliostat.errors import DataError
 from heliostat.models.stored import teacher_state
 from heliostat.runtime.pipelines import Context, Plan, Summary, config_of, make_together
 from heliostat.runtime.stage_ingest import MANIFEST
-from heliostat.runtime.trainer import ReadRange, TrainingRequest, train
+from heliostat.runtime.trainer import TrainingRequest, train
 from heliostat.runtime.weights import WeightSource, open_weights
 from heliostat.tracking import Run
 from heliostat.training.recipe import (
@@ -183,7 +184,7 @@ def _train(
         stores = {name: draft.files for name, (draft, _) in opened.items()}
         weights = {name: one for name, one in start().items() if name in opened}
         job = TrainingJob(
-            own, manifest, ReadRange(images.files), next(iter(stores.values())), _frozen(teacher), weights, stores
+            own, manifest, ShardReader(images.files), next(iter(stores.values())), _frozen(teacher), weights, stores
         )
         artifacts = {name: str(draft.ref) for name, (draft, _) in opened.items()}
         runs = {name: run for name, (_, run) in opened.items()}
