@@ -30,6 +30,8 @@ check: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/foundation.py
 	$(BIN)/python benchmarks/step_cpu.py
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench]"
+	$(BIN)/python benchmarks/readers.py
 
 clean:
 	rm -rf $(VENV) .cache heliostat-store

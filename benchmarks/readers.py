@@ -233,8 +233,8 @@ def main() -> None:
         "",
         f"{versions()}, webdataset {webdataset.__version__}, load average {load_before:.1f} on a shared machine. Command: "
         "`python benchmarks/readers.py`.",
-        f"{NUM_IMAGES:,} JPEG files of {mean / 1000:.0f} kB in {NUM_SHARDS} tars with JSON sidecars, page cache warm. "
-        f"Medians of {ROUNDS} rounds ({RAY_REPEATS} for Ray), spread in brackets; all sides delivered the same multiset of sha256 first.",
+        f"{NUM_IMAGES:,} JPEG files of {mean / 1000:.0f} kB in {NUM_SHARDS} tars with JSON sidecars, page cache warm.",
+        f"Medians of {ROUNDS} rounds ({RAY_REPEATS} for Ray), spread in brackets; all sides gave the same multiset of sha256.",
         "",
         "By manifest nothing is verified while reading (the ids were, when the shard was made); the walk verifies headers, "
         "the index also parses every sidecar and hashes every image. " + " ".join(notes),

@@ -107,7 +107,8 @@ def dispatch(request: Request) -> None:
             raise UsageError("heliostat why takes a curated artifact and an image id or source; see heliostat --help")
         verbs.print_why(request.words[0], request.words[1], request.overrides)
     elif request.verb == "shard":
-        verbs.shard(_one_word(request, "folder, list, tar or Parquet file"), request.overrides)
+        source = _one_word(request, "folder, list, tar or Parquet file")
+        verbs.shard(source, request.overrides, dry_run=request.dry_run)
     elif request.verb == "demo":
         verbs.run_recipe(_one_word(request, "recipe", "laptop"), request.overrides, dry_run=request.dry_run)
     elif request.verb == "run":

@@ -1,5 +1,6 @@
 """ingest: image files, tars or Parquet files -> raw artifacts."""
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Mapping
@@ -117,7 +118,8 @@ def _assemble(progress: Progress, draft: Draft, source: Source, num_tasks: int) 
     draft.put(MANIFEST, manifest_to_bytes(manifest))
     draft.put(QUARANTINE, quarantine_to_bytes(rejections))
     shards = pc.count_distinct(manifest["shard"]).as_py()
-    return Summary({"images": manifest.num_rows, "shards": shards, "quarantined": len(rejections)})
+    quarantined = {"quarantined": len(rejections)} if rejections else {}
+    return Summary({"images": manifest.num_rows, "shards": shards, **quarantined})
 
 
 def _say(progress: Progress, source: Source, total: Account, num_unreadable: int, rejections: list[Rejection]) -> None:
@@ -150,7 +152,7 @@ def _ingest_one(context: Context, config: IngestConfig, suffix: str, uri: str) -
         identity = {"source_digest": source.digest}
     in_place = _is_in_place(config, source, uri)
     if in_place and source is not None:
-        identity["source"] = source.store.uri
+        identity["place_digest"] = hashlib.sha256(source.store.uri.encode()).hexdigest()  # paths are in no record
     packing = Packing(config.images_per_shard, config.shard_bytes, config.format)
 
     def work(draft: Draft, run: Run) -> Summary:

@@ -72,8 +72,8 @@ def print_why(artifact: str, image: str, overrides: Sequence[str]) -> None:
     print("\n".join(explain(pq.read_table(io.BytesIO(curated.files.read(LEDGER))), image)))
 
 
-def shard(source: str, overrides: Sequence[str]) -> None:
-    """Make raw/NAME@VERSION of a source: `ingest` with a recipe that says nothing else. Raises UsageError and DataError.
+def shard_recipe(source: str, overrides: Sequence[str]) -> Recipe:
+    """The recipe that `heliostat shard` stands for: a name and a source. Raises UsageError and ConfigError.
 
     With a store that is not local nothing is tracked unless tracking.uri says where.
     """
@@ -83,7 +83,15 @@ def shard(source: str, overrides: Sequence[str]) -> None:
         raise UsageError(f"give the artifact a name: heliostat shard {source} name=photos")
     if "://" in given.get("store", "") and "tracking.uri" not in given:
         mapping["tracking"] = {"uri": "none"}
-    recipe = validate(Recipe, apply_overrides(mapping, scope_overrides(tuple(overrides), "ingest")), "shard")
+    return validate(Recipe, apply_overrides(mapping, scope_overrides(tuple(overrides), "ingest")), "shard")
+
+
+def shard(source: str, overrides: Sequence[str], *, dry_run: bool = False) -> None:
+    """Make raw/NAME@VERSION of a source by the ingest stage, or print its recipe."""
+    recipe = shard_recipe(source, overrides)
+    if dry_run:
+        print(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False, width=120), end="")
+        return
     progress = Progress()
     with closing(Context(recipe, progress)) as context:
         artifact = run_stage(context, "ingest")
