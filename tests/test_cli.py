@@ -127,6 +127,11 @@ def test_help_and_version_import_nothing_heavy(command: list[str]) -> None:
         (["run", "laptop", "distill.teacher=none.pth"], "no weights at none.pth; give model/name@version, a file ("),
         (["run", "laptop", "distill.teacher=s3://bucket/g.pth"], "s3://bucket/g.pth: weights are read from a local file"),
         (["pretrain", "laptop", "data=photos/1"], "'photos/1' is not an artifact; write kind/name@version"),
+        (["shard"], "heliostat shard takes one folder, list, tar or Parquet file, got nothing"),
+        (["shard", "photos"], "give the artifact a name: heliostat shard photos name=photos"),
+        (["shard", "photos", "name=a", "formt=tar"], "unknown key: ingest.formt. Did you mean ingest.format?"),
+        (["shard", "photos", "name=a", "format=zip"], "ingest.format='zip': input should be 'tar' or 'parquet'"),
+        (["shard", "photos.zip", "name=a", "store=./store"], "photos.zip is compressed"),
         (["pretrain", "data=raw/demo@1"], "data=raw/demo@1 is an artifact: name the recipe that trains on it"),
     ],
 )

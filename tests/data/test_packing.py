@@ -25,7 +25,7 @@ from heliostat.data.photographs import crops
 from heliostat.data.shard_reader import ShardReader, image_runs, read_run
 from heliostat.data.sources import Source, SourceFile, open_source
 from heliostat.errors import DataError, StorageError
-from heliostat.storage import LocalStore
+from heliostat.storage import LocalStore, open_store
 
 
 @pytest.fixture(scope="module")
@@ -202,3 +202,21 @@ def test_the_reader_takes_keys_and_two_kinds_of_places(tmp_path: Path) -> None:
         read("file:///etc/passwd", 0, 1)
     with pytest.raises(StorageError, match="short read"):
         read("a.tar", 90, 20)
+
+
+@pytest.mark.s3
+def test_tars_and_lists_in_a_bucket_are_read_where_they_lie(s3_bucket: str, tmp_path: Path, pngs: list[bytes]) -> None:
+    lake = open_store(f"{s3_bucket}/lake")
+    lake.put("wds/000000.tar", wds_tar(pngs))
+    lake.put("one.png", pngs[0])
+    lake.put("list.txt", f"one.png\n{s3_bucket}/lake/one.png\n/etc/passwd\n../escape.png\ngone.png\n".encode())
+    source = open_source(f"{s3_bucket}/lake/wds/{{000000..000000}}.tar")
+    packed = index_in_place(source, source.files[0])
+    assert set(packed.rows["shard"].to_pylist()) == {f"{s3_bucket}/lake/wds/000000.tar"}
+    check_bytes(packed.rows, ShardReader(LocalStore(tmp_path)))
+    listed = open_source(f"{s3_bucket}/lake/list.txt")
+    assert list(listed.keys) == ["one.png", f"{s3_bucket}/lake/one.png", "gone.png"]
+    assert [one.reason for one in listed.rejected] == ["bad_entry", "bad_entry"]
+    found = pack_files(listed.store, listed.files[:], 0, Packing(), LocalStore(tmp_path).put)
+    assert found.rows["id"].to_pylist() == [hashlib.sha256(pngs[0]).hexdigest()] * 2
+    assert [one.reason for one in found.rejections] == ["missing"]
