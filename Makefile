@@ -31,6 +31,9 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/foundation.py
 	$(BIN)/python benchmarks/step_cpu.py
 	$(BIN)/python benchmarks/storage.py
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench]"
+	$(BIN)/python benchmarks/readers.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/augment_cpu.py
 
 clean:
 	rm -rf $(VENV) .cache heliostat-store

@@ -20,11 +20,12 @@ from results_file import cpu_hardware, today, versions, write_result
 from heliostat.config import validate
 from heliostat.data.image_source import ImageSource
 from heliostat.data.image_table import image_table
-from heliostat.data.ingest import open_source, pack_files
+from heliostat.data.packing import Packing, pack_files
 from heliostat.data.photographs import write_crops
+from heliostat.data.shard_reader import ShardReader
 from heliostat.data.shards import index_shard
+from heliostat.data.sources import open_source
 from heliostat.runtime.recipe import read_recipe
-from heliostat.runtime.trainer import ReadRange
 from heliostat.storage import LocalStore
 from heliostat.training import loop
 from heliostat.training.engine import World
@@ -61,16 +62,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_crops(Path(folder) / "images", "left", count=30, seed=0)
         source = open_source(str(Path(folder) / "images"))
-        tar, manifest = pack_files(source.store, source.files, "shards/000000.tar")
         store = LocalStore(Path(folder) / "store")
-        store.put("shards/000000.tar", tar)
+        manifest = pack_files(source.store, source.files, 0, Packing(), store.put).rows
+        tar = store.read("shards/000000.tar")
         rows.append(("index a shard (hash of every image)", "images per CPU s", measured(lambda: len(index_shard(tar)))))
         demo = read_recipe("laptop").pretrain
         assert demo is not None
         plain = demo.model_dump(mode="json")
         plain["scaling"]["num_workers"], plain["loader"]["workers"] = 0, 0
         config = validate(PretrainConfig, plain, "benchmark")
-        job = TrainingJob(config, (ImageSource(image_table(manifest), ReadRange(store)),), store.child("run"))
+        job = TrainingJob(config, (ImageSource(image_table(manifest), ShardReader(store)),), store.child("run"))
         trainer = build_trainer(job, World(), lambda metrics, step: None, print)
         batch_size = config.train.global_batch_size
         list(trainer.loader.batches(8))  # fills the cache of decoded images

@@ -127,6 +127,11 @@ def test_help_and_version_import_nothing_heavy(command: list[str]) -> None:
         (["run", "laptop", "distill.teacher=none.pth"], "no weights at none.pth; give model/name@version, a file ("),
         (["run", "laptop", "distill.teacher=s3://bucket/g.pth"], "s3://bucket/g.pth: weights are read from a local file"),
         (["pretrain", "laptop", "data=photos/1"], "'photos/1' is not an artifact; write kind/name@version"),
+        (["shard"], "heliostat shard takes one folder, list, tar or Parquet file, got nothing"),
+        (["shard", "photos"], "give the artifact a name: heliostat shard photos name=photos"),
+        (["shard", "photos", "name=a", "formt=tar"], "unknown key: ingest.formt. Did you mean ingest.format?"),
+        (["shard", "photos", "name=a", "format=zip"], "ingest.format='zip': input should be 'tar' or 'parquet'"),
+        (["shard", "photos.zip", "name=a", "store=./store"], "photos.zip is compressed"),
         (["pretrain", "data=raw/demo@1"], "data=raw/demo@1 is an artifact: name the recipe that trains on it"),
     ],
 )
@@ -200,7 +205,7 @@ def test_a_store_that_cannot_be_written_is_refused(capsys: pytest.CaptureFixture
 
 def test_a_version_with_another_configuration_is_refused_with_the_changed_field(capsys, tmp_path: Path, photos: Path) -> None:
     artifacts = ArtifactStore(LocalStore(tmp_path / "store"))
-    digest = {"source_digest": "of other files", "images_per_shard": 512}
+    digest = {"source_digest": "of other files", "images_per_shard": 512, "shard_bytes": 2**30, "format": "tar"}
     draft = artifacts.begin(ArtifactRef("raw", "demo", "1"), config=digest, inputs={}, notify=print)
     before = draft.commit(counts={}).record
     assert main(["ingest", "laptop", f"pool={photos}", "store=store"]) == 1

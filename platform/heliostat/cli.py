@@ -28,6 +28,7 @@ STAGE_VERBS = {
 OTHER_VERBS = {
     "run": "all stages of a recipe in order; finished ones are reused",
     "demo": "run the recipe laptop: the whole chain on real photographs",
+    "shard": "pack or index images without a recipe: heliostat shard SOURCE name=photos makes raw/photos@1",
     "lineage": "print what an artifact was made from: heliostat lineage KIND/NAME@VERSION",
     "artifacts": "list the complete artifacts of a store",
     "why": "tell the story of one image: heliostat why CURATED-ARTIFACT ID-OR-SOURCE",
@@ -105,6 +106,9 @@ def dispatch(request: Request) -> None:
         if len(request.words) != 2:
             raise UsageError("heliostat why takes a curated artifact and an image id or source; see heliostat --help")
         verbs.print_why(request.words[0], request.words[1], request.overrides)
+    elif request.verb == "shard":
+        source = _one_word(request, "folder, list, tar or Parquet file")
+        verbs.shard(source, request.overrides, dry_run=request.dry_run)
     elif request.verb == "demo":
         verbs.run_recipe(_one_word(request, "recipe", "laptop"), request.overrides, dry_run=request.dry_run)
     elif request.verb == "run":

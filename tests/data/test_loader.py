@@ -40,13 +40,16 @@ class Shards:
     """Shards in memory; counts what is read."""
 
     tars: dict[str, bytes]
-    is_remote: bool = False
+    remote: bool = False
     images_read: list[int] = field(default_factory=list)
     shards_read: list[str] = field(default_factory=list)
 
     def __call__(self, shard: str, offset: int, length: int) -> bytes:
         self.images_read.append(length)
         return self.tars[shard][offset : offset + length]
+
+    def is_remote(self, shard: str) -> bool:
+        return self.remote
 
     def whole(self, shard: str) -> bytes:
         self.shards_read.append(shard)

@@ -23,7 +23,7 @@ from heliostat.data.photographs import (
     write_pool,
     write_whole,
 )
-from heliostat.data.shards import list_images
+from heliostat.data.sources import list_images
 from heliostat.errors import DataError
 
 SMALL_POOL = PhotographPoolConfig(seed=3, crops_per_photograph=12, num_video_frames=12, num_broken_files=20)

@@ -22,13 +22,14 @@ CPU = torch.device("cpu")
 
 
 class Tar:
-    is_remote = False
-
     def __init__(self, data: bytes) -> None:
         self.data = data
 
     def __call__(self, shard: str, offset: int, length: int) -> bytes:
         return self.data[offset : offset + length]
+
+    def is_remote(self, shard: str) -> bool:
+        return False
 
     def whole(self, shard: str) -> bytes:
         return self.data

@@ -67,6 +67,14 @@ def test_shards_come_in_the_order_of_need_and_make_room_when_done(window: ShardW
     assert store.images == ["c"]
 
 
+def test_a_shard_that_can_never_fit_holds_up_no_other(window: ShardWindow, store: Store) -> None:
+    window.expect(0, (0, "a"), shard_bytes=251, image_bytes=200)
+    window.expect(0, (0, "b"), shard_bytes=100, image_bytes=50)
+    until(lambda: store.shards == ["b"])
+    assert window.read(0, "a", 0, 1) == b"\0"
+    assert store.images == ["a"]
+
+
 def test_a_shard_stays_until_the_last_batch_that_needs_it(window: ShardWindow, store: Store) -> None:
     for step in (0, 5):
         window.expect(step, (0, "a"), shard_bytes=100, image_bytes=50)

@@ -14,7 +14,6 @@ from heliostat.data.shards import (
     MANIFEST_SCHEMA,
     ShardImage,
     index_shard,
-    list_images,
     make_shard_image,
     manifest_from_bytes,
     manifest_rows,
@@ -22,6 +21,7 @@ from heliostat.data.shards import (
     read_shard,
     write_shard,
 )
+from heliostat.data.sources import list_images
 from heliostat.errors import DataError
 
 
@@ -171,8 +171,8 @@ def _with_header(data: bytes, position: int, value: bytes) -> bytes:
 
 
 HOSTILE = {
-    "a size of 8 GB": (124, b"77777777777\0", "limit"),
-    "a size in base 256": (124, b"\x80" + b"\xff" * 11, "octal"),
+    "a size of 8 GB": (124, b"77777777777\0", "truncated"),
+    "a size in base 256": (124, b"\x80" + b"\xff" * 11, "limit"),
     "a negative size": (124, b"-0000000001\0", "octal"),
     "a size just past the end": (124, b"00000100000\0", "truncated"),
     "a sparse file": (156, b"S", "kind"),

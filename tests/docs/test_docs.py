@@ -22,6 +22,7 @@ from heliostat.config import find_recipe, shipped_recipes, walk_fields
 from heliostat.data.photographs import crops
 from heliostat.errors import HeliostatError, UsageError
 from heliostat.runtime.recipe import Recipe, read_recipe, scope_overrides
+from heliostat.runtime.verbs import shard_recipe
 from heliostat.training.schedules import check_schedules
 
 ROOT = Path(__file__).parents[2]
@@ -77,6 +78,9 @@ def check_heliostat(words: list[str]) -> str:
     request = parse(words[: words.index(">")] if target else words)
     if request.verb in ("lineage", "why"):
         ArtifactRef.parse(request.words[0])
+    if request.verb == "shard":
+        shard_recipe(request.words[0], request.overrides)
+        return target
     if request.verb not in STAGE_VERBS and request.verb not in ("run", "demo"):
         assert all(word.startswith("store=") for word in request.overrides), words
         return target

@@ -21,8 +21,7 @@ _MAX_REPLACEMENTS = 100  # bad images in a row before the data set, not the imag
 class Reader(Protocol):
     """How the bytes of an artifact are read; called from several threads at once."""
 
-    @property
-    def is_remote(self) -> bool:
+    def is_remote(self, shard: str) -> bool:
         """Whether a request costs so much that a whole shard is better read at once."""
 
     def __call__(self, shard: str, offset: int, length: int) -> bytes:

@@ -204,7 +204,11 @@ class ImageLoader:
 
     def _shard_window(self) -> ShardWindow | None:
         """Memory for whole shards, where they are read that way."""
-        whole = {"auto": any(source.reader.is_remote for source in self._sources), "shards": True, "images": False}
+        whole = {
+            "auto": any(one.reader.is_remote(one.table.shards[0]) for one in self._sources),
+            "shards": True,
+            "images": False,
+        }
         if not whole[self._loader.read_by]:
             return None
         window = ShardWindow(self._read_image, self._read_shard, self._loader.shard_bytes)

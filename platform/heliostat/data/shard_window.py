@@ -108,6 +108,8 @@ class ShardWindow:
     def _next_wanted(self) -> tuple[ShardKey, _Shard] | None:
         """The first expected shard that is worth its bytes and fits."""
         for key, shard in self._shards.items():
-            if shard.fetch is None and shard.used_bytes >= _FEW_USES_RATIO * shard.num_bytes:
+            if shard.fetch is not None or shard.num_bytes > self.max_bytes:
+                continue
+            if shard.used_bytes >= _FEW_USES_RATIO * shard.num_bytes:
                 return (key, shard) if self._held_bytes + shard.num_bytes <= self.max_bytes else None
         return None

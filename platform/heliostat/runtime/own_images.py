@@ -15,7 +15,7 @@ import numpy as np
 
 from heliostat.config import apply_overrides, validate
 from heliostat.data.decode import ImageRejected, probe
-from heliostat.data.ingest import Source, open_source
+from heliostat.data.sources import Source, open_source
 from heliostat.errors import DataError, UsageError
 from heliostat.runtime.recipe import Recipe, scope_overrides
 from heliostat.training.costs import flops_per_image
@@ -41,6 +41,8 @@ def choose_recipe(overrides: Sequence[str]) -> tuple[Recipe, list[Choice]]:
     if re.match(r"^[a-z]+/[^/@]+@[^/@]+$", uri):
         raise UsageError(f"data={uri} is an artifact: name the recipe that trains on it, heliostat pretrain RECIPE data={uri}")
     source = open_source(uri)
+    if source.kind != "images":
+        raise UsageError(f"data={uri} holds shards: `heliostat shard {uri} name=NAME` first, then train on data=raw/NAME@1")
     sides = _median_side(source)
     mapping, choices = _choose(uri, len(source.files), sides, *_devices())
     rest = tuple(word for word in overrides if not word.startswith("data="))

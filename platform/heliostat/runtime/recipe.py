@@ -8,6 +8,7 @@ from heliostat.artifacts import ArtifactRef
 from heliostat.config import StrictModel, load_recipe
 from heliostat.curation.config import CurateConfig
 from heliostat.data.config import DecodeConfig, PhotographPoolConfig
+from heliostat.data.shard_image import ShardFormat
 from heliostat.errors import UsageError
 from heliostat.evaluation.config import EvaluateConfig
 from heliostat.models.config import BackboneConfig
@@ -21,7 +22,8 @@ _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
 
 class IngestConfig(StrictModel):
-    """Image files -> shards. Each entry is a folder, an `s3://` prefix, or `photographs` for the demo's own pictures."""
+    """Images -> shards. Each entry is a folder or an `s3://` prefix of image files, WebDataset tars or Parquet files; one such
+    file or a pattern (`{000000..000123}.tar`, `*.parquet`); a list of files; or `photographs`, the demo's own pictures."""
 
     pool: str
     """Where the raw, unlabelled images lie: becomes raw/<name>."""
@@ -34,7 +36,13 @@ class IngestConfig(StrictModel):
     pictures: str = ""
     """A few whole images to draw patch tokens on in the report: becomes raw/<name>-pictures."""
     images_per_shard: int = Field(default=1024, ge=1)
-    """Images in one tar; a few hundred megabytes per shard read best from object storage."""
+    """Images in one shard; a few hundred megabytes per shard read best from object storage."""
+    shard_bytes: int = Field(default=2**30, ge=2**10, lt=2**31)
+    """Bytes of images after which a shard is closed too; bounds the memory of packing one."""
+    format: ShardFormat = "tar"
+    """`tar` (WebDataset's layout) or `parquet` (a table with the column bytes). Reading is equally fast."""
+    in_place: bool = False
+    """Index tars where they lie instead of copying their images; they must not change afterwards."""
     curated_crops_per_photograph: int = Field(default=8, ge=1)
     """Size of the curated set that `photographs` makes."""
     photographs: PhotographPoolConfig = PhotographPoolConfig()

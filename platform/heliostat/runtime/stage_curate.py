@@ -18,9 +18,12 @@ from heliostat.curation.embed import BackboneEmbedder, Embedder, ThumbnailEmbedd
 from heliostat.curation.report import copy_report, render_funnel
 from heliostat.data.config import DecodeConfig
 from heliostat.data.decode import ImageRejected, decode
-from heliostat.data.ingest import shard_key
+from heliostat.data.packing import shard_key
+from heliostat.data.shard_image import EXTENSION_OF_FORMAT, IMAGE_EXTENSIONS
+from heliostat.data.shard_reader import ShardReader, image_runs, read_run
 from heliostat.data.shards import (
     ShardImage,
+    image_id,
     make_shard_image,
     manifest_from_bytes,
     manifest_rows,
@@ -46,7 +49,7 @@ _EMBEDDINGS = f"{WORK}embeddings/"
 
 @dataclass(frozen=True)
 class EmbedShard:
-    """Decodes every image of one shard once and writes its embedding, or the reason why there is none."""
+    """Decodes every image of one run of a shard once and writes its embedding, or the reason why there is none."""
 
     raw: Store
     files: Store
@@ -75,21 +78,26 @@ class EmbedShard:
         )
 
     def __call__(self, task: Mapping[str, Any]) -> Mapping[str, Any]:
-        """task: index, shard. Writes one Parquet file with a row per image of the shard, in the shard's order."""
-        data = self.raw.read(task["shard"])
-        rows = manifest_rows(task["shard"], data).to_pylist()
+        """task: index, shard, rows [(offset, length, id, source)]. Writes one Parquet file with a row per image, in order.
+
+        Raises DataError when bytes are not those that the manifest was made of.
+        """
+        rows = task["rows"]
+        found = read_run(ShardReader(self.raw), task["shard"], [(offset, length) for offset, length, _, _ in rows])
         images: list[NDArray[np.uint8]] = []
         reasons: list[tuple[str, str]] = []
-        for row in rows:
+        for (_, _, identity, source), data in zip(rows, found, strict=True):
+            if image_id(data) != identity:
+                raise DataError(f"{source} in {task['shard']} does not match its id {identity[:12]}; the shard is damaged")
             try:
-                images.append(decode(data[row["offset"] : row["offset"] + row["length"]], self.limits))
+                images.append(decode(bytes(data), self.limits))
                 reasons.append(("", ""))
             except ImageRejected as rejected:
                 reasons.append((rejected.reason, rejected.detail))
         vectors = self.embedder(images)
         table = pa.table(
             {
-                "source": [row["source"] for row in rows],
+                "source": [source for _, _, _, source in rows],
                 "reason": [reason for reason, _ in reasons],
                 "detail": [detail for _, detail in reasons],
                 "embedding": _scatter(vectors, [not reason for reason, _ in reasons]),
@@ -118,8 +126,10 @@ class RepackShard:
         """task: index, rows [manifest rows]."""
         images: list[ShardImage] = []
         for row in task["rows"]:
-            data = self.raw.read_range(row["shard"], row["offset"], row["length"])
-            suffix = row["source"].rpartition(".")[2]
+            data = ShardReader(self.raw)(row["shard"], row["offset"], row["length"])
+            suffix = row["source"].rpartition(".")[2].lower()
+            if suffix not in IMAGE_EXTENSIONS:  # a row of a Parquet file, an entry of a list
+                suffix = EXTENSION_OF_FORMAT[row["format"]]
             image = make_shard_image(data, suffix, row["source"], label=row["label"])
             if image.id != row["id"]:
                 raise DataError(
@@ -185,12 +195,10 @@ def run_curate(context: Context, config: CurateStage) -> Artifact:
 
 def _embed(context: Context, config: CurateStage, draft: Draft, source: Artifact, role: str) -> Embedded:
     manifest = manifest_from_bytes(source.files.read(MANIFEST))
-    shards = sorted(set(manifest["shard"].to_pylist()))
+    runs = image_runs(manifest)
     prefix = f"{_EMBEDDINGS}{role}/"
     finished = {entry.key for entry in draft.files.list(prefix)}
-    tasks = [
-        {"index": index, "shard": shard} for index, shard in enumerate(shards) if f"{prefix}{index:06d}.parquet" not in finished
-    ]
+    tasks = [_task(index, manifest, run) for index, run in enumerate(runs) if f"{prefix}{index:06d}.parquet" not in finished]
     embed = config.embed
     function = EmbedShard(
         source.files,
@@ -204,12 +212,18 @@ def _embed(context: Context, config: CurateStage, draft: Draft, source: Artifact
     )
     has_state = config.embed.embedder != "thumbnail"
     label = f"decoding and embedding {role}"
-    gauges, done = Gauges(), len(shards) - len(tasks)
+    gauges, done = Gauges(), len(runs) - len(tasks)
     for _ in map_shards(function, tasks, label=label, progress=context.progress, has_state=has_state):
         done += 1
         gauges.set(str(draft.ref), {"curate/shards_done": float(done)})
-    tables = [pq.read_table(io.BytesIO(draft.files.read(f"{prefix}{index:06d}.parquet"))) for index in range(len(shards))]
+    tables = [pq.read_table(io.BytesIO(draft.files.read(f"{prefix}{index:06d}.parquet"))) for index in range(len(runs))]
     return _split(manifest, pa.concat_tables(tables), source)
+
+
+def _task(index: int, manifest: pa.Table, run: range) -> dict[str, Any]:
+    rows = manifest.slice(run.start, len(run))
+    columns = (rows[name].to_pylist() for name in ("offset", "length", "id", "source"))
+    return {"index": index, "shard": rows["shard"][0].as_py(), "rows": list(zip(*columns, strict=True))}
 
 
 def _split(manifest: pa.Table, embedded: pa.Table, source: Artifact) -> Embedded:
@@ -234,8 +248,8 @@ def _kept_rows(manifest: pa.Table, result: Curation) -> list[dict[str, Any]]:
         for row in result.ledger.select(["id", "source", "decision"]).to_pylist()
         if row["decision"] == "kept"
     }
-    by_source = {row["source"]: row for row in manifest.to_pylist()}
-    return [by_source[kept_sources[identity]] for identity in result.kept_ids]
+    by_source = {(row["id"], row["source"]): row for row in manifest.to_pylist()}  # shards of others may repeat their names
+    return [by_source[identity, kept_sources[identity]] for identity in result.kept_ids]
 
 
 def _repack(context: Context, config: CurateStage, draft: Draft, raw: Artifact, kept: list[dict[str, Any]]) -> None:

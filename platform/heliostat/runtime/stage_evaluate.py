@@ -8,7 +8,8 @@ from typing import Any
 from heliostat.artifacts import Artifact, ArtifactRef, Draft
 from heliostat.data.config import DecodeConfig
 from heliostat.data.decode import ImageRejected, decode
-from heliostat.data.shards import manifest_from_bytes
+from heliostat.data.manifest import manifest_from_bytes
+from heliostat.data.shard_reader import ShardReader, image_runs, read_run
 from heliostat.errors import ConfigError, DataError
 from heliostat.evaluation.config import EvaluateConfig
 from heliostat.evaluation.judge import (
@@ -38,15 +39,16 @@ from heliostat.tracking import Run
 def read_images(artifact: Artifact) -> tuple[list[Pixels], list[str | None]]:
     """Every image of an artifact, decoded, with its label. Raises DataError when one does not decode."""
     images, labels = [], []
-    shard, data = "", b""
-    for row in manifest_from_bytes(artifact.files.read(MANIFEST)).to_pylist():
-        if row["shard"] != shard:
-            shard, data = row["shard"], artifact.files.read(row["shard"])
-        try:
-            images.append(decode(data[row["offset"] : row["offset"] + row["length"]], DecodeConfig(min_side_pixels=1)))
-        except ImageRejected as rejected:
-            raise DataError(f"{artifact.ref}: {row['source']} cannot be judged: {rejected}; remove it") from rejected
-        labels.append(row["label"])
+    read, manifest = ShardReader(artifact.files), manifest_from_bytes(artifact.files.read(MANIFEST))
+    for run in image_runs(manifest):
+        rows = manifest.slice(run.start, len(run)).to_pylist()
+        found = read_run(read, rows[0]["shard"], [(row["offset"], row["length"]) for row in rows])
+        for row, data in zip(rows, found, strict=True):
+            try:
+                images.append(decode(bytes(data), DecodeConfig(min_side_pixels=1)))
+            except ImageRejected as rejected:
+                raise DataError(f"{artifact.ref}: {row['source']} cannot be judged: {rejected}; remove it") from rejected
+            labels.append(row["label"])
     return images, labels
 
 

@@ -1,18 +1,25 @@
-"""ingest: image files -> raw artifacts."""
+"""ingest: image files, tars or Parquet files -> raw artifacts."""
 
+import hashlib
+import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
+import pyarrow.compute as pc
 
 from heliostat.artifacts import WORK, Artifact, Draft, FileRecord, describe
 from heliostat.data import photographs
-from heliostat.data.ingest import Source, SourceFile, open_source, pack_files, shard_key
-from heliostat.data.shards import manifest_from_bytes, manifest_to_bytes
+from heliostat.data.manifest import join_manifests, manifest_from_bytes, manifest_to_bytes
+from heliostat.data.packing import Packed, Packing, group_files, index_in_place, pack_container, pack_files, reasons
+from heliostat.data.quarantine import QUARANTINE, Rejection, quarantine_from_bytes, quarantine_to_bytes
+from heliostat.data.sources import Source, SourceFile, open_source
+from heliostat.data.tar_index import Account
+from heliostat.errors import DataError, UsageError
 from heliostat.runtime.pipelines import Context, Summary, make
+from heliostat.runtime.progress import Progress
 from heliostat.runtime.recipe import IngestConfig
 from heliostat.runtime.shards import map_shards
 from heliostat.storage import Store
@@ -24,43 +31,106 @@ _PHOTOGRAPHS = "photographs"
 
 
 @dataclass(frozen=True)
-class PackShard:
-    """Packs one shard: source files -> tar and manifest rows, the rows written last."""
+class PackTask:
+    """Does one task: image files -> one shard, or one tar or Parquet file -> its shards. The manifest rows come last."""
 
-    source: Store
+    source: Source
     files: Store
+    packing: Packing
+    in_place: bool
 
     def __call__(self, task: Mapping[str, Any]) -> Mapping[str, Any]:
-        """task: index, files [(key, bytes)]."""
-        key = shard_key(task["index"])
-        data, rows = pack_files(self.source, [SourceFile(*file) for file in task["files"]], key)
-        self.files.put(key, data)
-        self.files.put(rows_key(task["index"]), manifest_to_bytes(rows))
-        return {"index": task["index"], "key": key, "file": describe(data).model_dump()}
+        """task: index, files [(key, bytes, label)]."""
+        index, files = task["index"], [SourceFile(*file) for file in task["files"]]
+        written: dict[str, Any] = {}
+
+        def put(key: str, data: bytes) -> None:
+            self.files.put(key, data)
+            written[key] = describe(data).model_dump()
+
+        if self.source.kind == "images":
+            packed = pack_files(self.source.store, files, index, self.packing, put)
+        elif self.in_place:
+            packed = index_in_place(self.source, files[0])
+        else:
+            packed = pack_container(self.source, files[0], index, self.packing, put)
+        self._finish(index, packed)
+        return {"index": index, "written": written}
+
+    def _finish(self, index: int, packed: Packed) -> None:
+        self.files.put(_work_key("quarantine", index), quarantine_to_bytes(packed.rejections))
+        self.files.put(_work_key("account", index, "json"), json.dumps(asdict(packed.account)).encode())
+        self.files.put(rows_key(index), manifest_to_bytes(packed.rows))
 
 
 def rows_key(index: int) -> str:
-    """Where the manifest rows of a finished shard lie until the artifact is complete."""
-    return f"{WORK}rows/{index:06d}.parquet"
+    """Where the manifest rows of a finished task lie until the artifact is complete."""
+    return _work_key("rows", index)
 
 
-def pack_source(context: Context, draft: Draft, source: Source, images_per_shard: int) -> pa.Table:
-    """Pack all files of a source into the draft's shards, skipping those that are there, and write the manifest."""
-    groups = [source.files[start : start + images_per_shard] for start in range(0, len(source.files), images_per_shard)]
+def _work_key(what: str, index: int, suffix: str = "parquet") -> str:
+    return f"{WORK}{what}/{index:06d}.{suffix}"
+
+
+def pack_source(context: Context, draft: Draft, source: Source, packing: Packing, *, in_place: bool = False) -> Summary:
+    """Pack a source into the draft's shards, skipping what is done, and write the manifest and the quarantine.
+
+    Raises DataError when no image is left, or when something vanished on the way.
+    """
+    is_packed = source.kind == "images"
+    groups = group_files(source, packing) if is_packed else [range(index, index + 1) for index in range(len(source.keys))]
     finished = {entry.key for entry in draft.files.list(f"{WORK}rows/")}
+    waiting = [index for index in range(len(groups)) if rows_key(index) not in finished]
     tasks = [
-        {"index": index, "files": [(file.key, file.num_bytes) for file in group]}
-        for index, group in enumerate(groups)
-        if rows_key(index) not in finished
+        {"index": index, "files": [(file.key, file.num_bytes, file.label) for file in source.files[_slice(groups[index])]]}
+        for index in waiting
     ]
     if tasks:
         context.need_ray()
-    packer = PackShard(source.store, draft.files)
-    for result in map_shards(packer, tasks, label="packing", progress=context.progress):
-        draft.note(result["key"], FileRecord(**result["file"]))
-    manifest = pa.concat_tables([manifest_from_bytes(draft.files.read(rows_key(index))) for index in range(len(groups))])
+    light = Source(source.store, source.kind, (), ())  # the workers need where and what, not a million names
+    function = PackTask(light, draft.files, packing, in_place)
+    for result in map_shards(function, tasks, label="packing", progress=context.progress):
+        for key, file in result["written"].items():
+            draft.note(key, FileRecord(**file))
+    return _assemble(context.progress, draft, source, len(groups))
+
+
+def _slice(numbers: range) -> slice:
+    return slice(numbers.start, numbers.stop)
+
+
+def _assemble(progress: Progress, draft: Draft, source: Source, num_tasks: int) -> Summary:
+    """Join what the tasks left behind, and check that everything that came in is there."""
+    tasks = range(num_tasks)
+    manifest = join_manifests([manifest_from_bytes(draft.files.read(rows_key(index))) for index in tasks])
+    rejections: list[Rejection] = list(source.rejected)
+    total = Account(num_in=len(rejections), num_rejected=len(rejections))
+    for index in tasks:
+        rejections += quarantine_from_bytes(draft.files.read(_work_key("quarantine", index)))
+        total += Account(**json.loads(draft.files.read(_work_key("account", index, "json"))))
+    num_unreadable = manifest.num_rows - int(pc.sum(pc.greater(manifest["width"], 0)).as_py() or 0)
+    total.check(str(draft.ref))
+    Account(total.num_images + total.num_rejected + num_unreadable, manifest.num_rows, 0, len(rejections)).check(str(draft.ref))
+    _say(progress, source, total, num_unreadable, rejections)
+    if not manifest.num_rows:
+        first = min(rejections).detail if rejections else "it is empty"
+        raise DataError(f"{source.store.uri} holds no image that can be packed: {first}")
     draft.put(MANIFEST, manifest_to_bytes(manifest))
-    return manifest
+    draft.put(QUARANTINE, quarantine_to_bytes(rejections))
+    shards = pc.count_distinct(manifest["shard"]).as_py()
+    quarantined = {"quarantined": len(rejections)} if rejections else {}
+    return Summary({"images": manifest.num_rows, "shards": shards, **quarantined})
+
+
+def _say(progress: Progress, source: Source, total: Account, num_unreadable: int, rejections: list[Rejection]) -> None:
+    what = {"images": "files", "tars": "members", "parquet": "rows"}[source.kind]
+    parts = [f"{total.num_images - num_unreadable:,} images"]
+    parts += [f"{total.num_sidecars:,} sidecars"] if total.num_sidecars else []
+    parts += [f"{len(rejections):,} quarantined"]
+    why = ", ".join(f"{count:,} {reason}" for reason, count in reasons(rejections).items())
+    progress.say(f"          {total.num_in:,} {what} in = {' + '.join(parts)}{f' ({why})' if why else ''}")
+    if passed_over := source.describe_passed_over():
+        progress.say(f"          {passed_over}")
 
 
 def ingest(context: Context, config: IngestConfig) -> Artifact:
@@ -80,6 +150,10 @@ def _ingest_one(context: Context, config: IngestConfig, suffix: str, uri: str) -
             identity["crops_per_photograph"] = config.curated_crops_per_photograph
     else:
         identity = {"source_digest": source.digest}
+    in_place = _is_in_place(config, source, uri)
+    if in_place and source is not None:
+        identity["place_digest"] = hashlib.sha256(source.store.uri.encode()).hexdigest()  # paths are in no record
+    packing = Packing(config.images_per_shard, config.shard_bytes, config.format)
 
     def work(draft: Draft, run: Run) -> Summary:
         with tempfile.TemporaryDirectory(prefix="heliostat-photographs-") as folder:
@@ -89,12 +163,19 @@ def _ingest_one(context: Context, config: IngestConfig, suffix: str, uri: str) -
                 if truth.is_file():
                     draft.put(TRUTH, truth.read_bytes())
             packed = source or open_source(str(Path(folder) / "images"))
-            manifest = pack_source(context, draft, packed, config.images_per_shard)
-        return Summary({"images": manifest.num_rows, "shards": len(set(manifest["shard"].to_pylist()))})
+            return pack_source(context, draft, packed, packing, in_place=in_place)
 
     ref = context.recipe.ref("raw", f"-{suffix}" if suffix else "")
-    settings = {**identity, "images_per_shard": config.images_per_shard}
+    settings = identity if in_place else {**identity, **asdict(packing)}
     return make(context, ref, stage="ingest", config=settings, inputs={}, work=work)
+
+
+def _is_in_place(config: IngestConfig, source: Source | None, uri: str) -> bool:
+    if not config.in_place:
+        return False
+    if source is None or source.kind != "tars":
+        raise UsageError(f"in_place=true works for tars, and {uri} holds none; leave it out and the images are copied")
+    return True
 
 
 def write_photographs(folder: Path, config: IngestConfig, suffix: str) -> None:

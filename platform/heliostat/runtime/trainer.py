@@ -18,30 +18,9 @@ from heliostat.errors import HeliostatError, NonFiniteLossError, TrainingError, 
 from heliostat.runtime.interrupt import run_interruptible
 from heliostat.runtime.progress import Progress, training_line
 from heliostat.runtime.relay import Relay, Watcher
-from heliostat.storage import LocalStore, Store
 from heliostat.tracking import Run, Tracker
 from heliostat.training.engine import World
 from heliostat.training.run import TrainingJob, run_training
-
-
-@dataclass(frozen=True)
-class ReadRange:
-    """Reads (shard, offset, length) from the artifact that holds the shards; can be pickled."""
-
-    files: Store
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether the shards lie in an object store."""
-        return not isinstance(self.files, LocalStore)
-
-    def __call__(self, shard: str, offset: int, length: int) -> bytes:
-        """Bytes of one image."""
-        return self.files.read_range(shard, offset, length)
-
-    def whole(self, shard: str) -> bytes:
-        """Bytes of one shard."""
-        return self.files.read(shard)
 
 
 @dataclass(frozen=True)

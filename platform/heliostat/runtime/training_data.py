@@ -10,12 +10,12 @@ import pyarrow.compute as pc
 from heliostat.artifacts import Artifact, ArtifactRef
 from heliostat.data.image_source import ImageSource
 from heliostat.data.image_table import image_table
+from heliostat.data.manifest import manifest_from_bytes
 from heliostat.data.quarantine import Rejection
-from heliostat.data.shards import manifest_from_bytes
+from heliostat.data.shard_reader import ShardReader
 from heliostat.errors import DataError
 from heliostat.runtime.pipelines import Context
 from heliostat.runtime.stage_ingest import MANIFEST
-from heliostat.runtime.trainer import ReadRange
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class TrainingData:
     def sources(self) -> tuple[ImageSource, ...]:
         """What a loader reads from. Raises DataError for an artifact without a readable image."""
         return tuple(
-            ImageSource(image_table(readable_rows(one)), ReadRange(one.files), weight)
+            ImageSource(image_table(readable_rows(one)), ShardReader(one.files), weight)
             for one, weight in zip(self.artifacts, self.weights, strict=True)
         )
 

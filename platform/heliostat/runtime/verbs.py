@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import yaml
 
 from heliostat.artifacts import Artifact, ArtifactRef, ArtifactStore, lineage, render_lineage
-from heliostat.config import find_recipe, shipped_recipes
+from heliostat.config import apply_overrides, find_recipe, shipped_recipes, validate
 from heliostat.errors import UsageError
 from heliostat.runtime.pipelines import Context
 from heliostat.runtime.progress import Progress
-from heliostat.runtime.recipe import Recipe, read_recipe
+from heliostat.runtime.recipe import Recipe, read_recipe, scope_overrides
 from heliostat.runtime.weight_names import names_artifact, weights_path
 from heliostat.storage import open_store
 from heliostat.tracking import ui_command
@@ -70,6 +70,32 @@ def print_why(artifact: str, image: str, overrides: Sequence[str]) -> None:
     if curated.ref.kind != "curated":
         raise UsageError(f"{artifact} is not a curated artifact; only curation keeps a ledger")
     print("\n".join(explain(pq.read_table(io.BytesIO(curated.files.read(LEDGER))), image)))
+
+
+def shard_recipe(source: str, overrides: Sequence[str]) -> Recipe:
+    """The recipe that `heliostat shard` stands for: a name and a source. Raises UsageError and ConfigError.
+
+    With a store that is not local nothing is tracked unless tracking.uri says where.
+    """
+    given = dict(word.partition("=")[::2] for word in overrides)
+    mapping = {"name": given.get("name", ""), "ingest": {"pool": source}}
+    if "name" not in given:
+        raise UsageError(f"give the artifact a name: heliostat shard {source} name=photos")
+    if "://" in given.get("store", "") and "tracking.uri" not in given:
+        mapping["tracking"] = {"uri": "none"}
+    return validate(Recipe, apply_overrides(mapping, scope_overrides(tuple(overrides), "ingest")), "shard")
+
+
+def shard(source: str, overrides: Sequence[str], *, dry_run: bool = False) -> None:
+    """Make raw/NAME@VERSION of a source by the ingest stage, or print its recipe."""
+    recipe = shard_recipe(source, overrides)
+    if dry_run:
+        print(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False, width=120), end="")
+        return
+    progress = Progress()
+    with closing(Context(recipe, progress)) as context:
+        artifact = run_stage(context, "ingest")
+    progress.say(f"train on it:  heliostat pretrain RECIPE data={artifact.ref} store={recipe.store}")
 
 
 def run_recipe(name: str, overrides: Sequence[str], *, stage: str = "", dry_run: bool = False) -> None:
