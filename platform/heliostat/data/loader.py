@@ -204,12 +204,8 @@ class ImageLoader:
 
     def _shard_window(self) -> ShardWindow | None:
         """Memory for whole shards, where they are read that way."""
-        whole = {
-            "auto": any(one.reader.is_remote(one.table.shards[0]) for one in self._sources),
-            "shards": True,
-            "images": False,
-        }
-        if not whole[self._loader.read_by]:
+        remote = any(source.reader.is_remote(source.table.shards[0]) for source in self._sources)
+        if not {"auto": remote, "shards": True, "images": False}[self._loader.read_by]:
             return None
         window = ShardWindow(self._read_image, self._read_shard, self._loader.shard_bytes)
         window.start()
