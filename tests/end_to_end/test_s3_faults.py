@@ -13,9 +13,10 @@ from PIL import Image
 from s3_server import S3Server, free_ports
 
 from heliostat.artifacts import ArtifactRef, ArtifactStore, describe, verify
-from heliostat.data.ingest import open_source, pack_files
+from heliostat.data.packing import Packing, pack_files
 from heliostat.data.photographs import crops
 from heliostat.data.shards import manifest_from_bytes
+from heliostat.data.sources import open_source
 from heliostat.storage import open_store
 
 pytestmark = [pytest.mark.s3, pytest.mark.timeout(600)]
@@ -76,15 +77,15 @@ def test_shards_that_were_ingested_behind_faults_are_byte_for_byte_those_without
         assert done.returncode == 0, done.stdout + done.stderr
         assert proxy.num_faults >= 8, proxy.counts
     artifact = ArtifactStore(open_store(store)).load(ArtifactRef.parse("raw/birds@1"))
-    assert verify(artifact) == 10  # nine shards and the manifest
+    assert verify(artifact) == 11  # nine shards, the manifest and the quarantine
     source, rows = open_source(str(tmp_path / "photos")), []
     for index in range(9):
         key = f"shards/{index:06d}.tar"
         files = source.files[index * IMAGES_PER_SHARD : (index + 1) * IMAGES_PER_SHARD]
-        data, table = pack_files(source.store, files, key)
-        assert artifact.files.read(key) == data
-        assert artifact.record.files[key] == describe(data)
-        rows += table.to_pylist()
+        written: dict[str, bytes] = {}
+        rows += pack_files(source.store, files, index, Packing(), written.__setitem__).rows.to_pylist()
+        assert artifact.files.read(key) == written[key]
+        assert artifact.record.files[key] == describe(written[key])
     assert manifest_from_bytes(artifact.files.read("manifest.parquet")).to_pylist() == rows
     assert {entry.key for entry in artifact.files.list()} == {*artifact.record.files, "artifact.json"}
     assert (tmp_path / "runs.db").stat().st_size > 0

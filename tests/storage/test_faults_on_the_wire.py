@@ -185,7 +185,8 @@ def test_a_store_that_answers_only_with_faults_is_one_line_in_bounded_time(proxy
 
 def test_a_shard_and_its_manifest_come_through_byte_for_byte(proxy: FaultyProxy, s3_bucket: str, tmp_path: Path) -> None:
     """Pack from a bucket and from a folder: the same bytes."""
-    from heliostat.data.ingest import open_source, pack_files
+    from heliostat.data.packing import Packing, pack_files
+    from heliostat.data.sources import open_source
 
     local, remote = open_store(str(tmp_path)), store_in(s3_bucket, prefix="")
     images = [make_shard_image(crop.pixels.tobytes(), "png", crop.name) for crop in crops("left", count=1, seed=0)]
@@ -195,7 +196,9 @@ def test_a_shard_and_its_manifest_come_through_byte_for_byte(proxy: FaultyProxy,
     packed = []
     for uri, store in ((str(tmp_path / "photos"), local), (f"{s3_bucket}/photos", remote)):
         source = open_source(uri)
-        tar, rows = pack_files(store.child("photos"), source.files, "shards/000000.tar")
+        written: dict[str, bytes] = {}
+        rows = pack_files(store.child("photos"), source.files, 0, Packing(), written.__setitem__).rows
+        tar = written["shards/000000.tar"]
         remote.put("shards/000000.tar", tar)
         read_back = remote.read("shards/000000.tar")
         assert read_back == tar
