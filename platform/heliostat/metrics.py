@@ -50,6 +50,7 @@ _TABLE = (
     Metric("train/data_wait_ratio", "1", "share of the step spent waiting for the loader", live=True),
     Metric("train/skipped_steps", "steps", "steps skipped because a loss was not finite", live=True),
     Metric("train/step", "steps", "optimizer steps done", live=True),
+    Metric("train/storage_retries", "requests", "requests of the main rank that the object store made it repeat", live=True),
     Metric("train/decode_failures", "images", "images that could not be decoded while training", live=True),
     Metric(
         "train/feature_std",

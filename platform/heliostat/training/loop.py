@@ -18,7 +18,7 @@ from heliostat.data.loader import ImageLoader
 from heliostat.data.raw_batch import RawBatch, crops_of
 from heliostat.errors import NonFiniteLossError
 from heliostat.models.weights import load_state
-from heliostat.storage import Store
+from heliostat.storage import Store, storage_statistics
 from heliostat.training.checkpoint import (
     FOLDER,
     Checkpoint,
@@ -240,6 +240,7 @@ def _timings(trainer: Trainer, state: LoopState) -> dict[str, float]:
         "train/images_per_second": state.window_images / seconds,
         "train/data_wait_ratio": min(1.0, (statistics.data_wait_seconds - state.window_wait_seconds) / seconds),
         "train/bytes_per_second": (statistics.bytes - state.window_bytes) / seconds,
+        "train/storage_retries": float(storage_statistics().retries),
         "train/decode_failures": float(sum(statistics.decode_failures.values())),
         "train/step": float(state.step),
     }
