@@ -1,6 +1,8 @@
 """The memory of one batch while threads fill it; each image is written to its own slots by its own thread."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +33,14 @@ class BatchArrays:
             for number, crop_HWC in enumerate(crops_HWC):
                 target_NCHW[number * size + slot] = crop_HWC.transpose(2, 0, 1)
         self.image_ids[slot] = image_id
+
+    def write_slice(self, start: int, crops_and_masks: Sequence[npt.NDArray[Any]], image_ids: Sequence[str]) -> None:
+        """Lay a batch of fewer images, as its global crops, local crops and masks, into the slots from `start`."""
+        size, part = len(self.image_ids), len(image_ids)
+        for target, rows in zip((self.global_crops, self.local_crops, self.masks), crops_and_masks, strict=True):
+            by_crop = target.reshape(-1, size, *target.shape[1:])  # a view: targets are contiguous
+            by_crop[:, start : start + part] = rows.reshape(-1, part, *target.shape[1:])
+        self.image_ids[start : start + part] = image_ids
 
     def batch(self) -> Batch:
         """The batch; the memory is shared, not copied."""

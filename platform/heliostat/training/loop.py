@@ -15,7 +15,7 @@ import torch
 
 from heliostat.data.augment import normalise
 from heliostat.data.batch import Batch
-from heliostat.data.loader import ImageLoader
+from heliostat.data.loading import BatchLoader
 from heliostat.errors import NonFiniteLossError
 from heliostat.models.weights import load_state
 from heliostat.storage import Store
@@ -67,7 +67,7 @@ class Trainer:
     method: AnyMethod
     optimizer: torch.optim.Optimizer
     engine: Engine
-    loader: ImageLoader
+    loader: BatchLoader
     config: TrainingConfig
     files: Store
     world: World
