@@ -216,7 +216,7 @@ def test_batches_that_nobody_takes_are_bounded_in_memory(loading: Loading) -> No
         most = max(most, _used_store_bytes() - before)
     batches.close()
     bound = object_store_bytes(large, 1)
-    assert bound == 5 * slice_bytes(large, GLOBAL_BATCH_SIZE)
+    assert bound == 6 * slice_bytes(large, GLOBAL_BATCH_SIZE)
     assert 2 * slice_bytes(large, GLOBAL_BATCH_SIZE) < most <= bound + 2_000_000
     assert _wait_until(lambda: _used_store_bytes() - before < 2_000_000)
 

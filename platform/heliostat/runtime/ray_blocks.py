@@ -22,7 +22,7 @@ from heliostat.errors import HeliostatError
 
 _ARRAYS = ("global_crops", "local_crops", "masks")
 _NOTES = ("image_ids", "rejections", "error")  # JSON
-_BLOCKS_ON_THE_WAY = 3  # measured: being written, announced, and held by the training worker, besides those that may wait
+_BLOCKS_ON_THE_WAY = 4  # measured: being written, announced, read, and held by the training worker, besides those that wait
 
 
 def slice_bytes(loading: Loading, num_images: int) -> int:

@@ -6,14 +6,14 @@ A data worker is one read task of a Ray Data stream of its own, which yields a b
 store; Ray Data's back-pressure bounds their bytes.
 
 A data worker that is lost is not retried by Ray, which would begin its stream anew: the training worker opens another stream at
-the step that it needs. What was measured: docs/decisions/0009-ray-data-ingest.md.
+the step that it needs. What was measured: docs/decisions/0012-ray-data-ingest.md.
 """
 
 import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -89,7 +89,7 @@ class _Stream:
     order: str
     notify: Callable[[str], None]
     _blocks: Iterator[pa.Table] | None = None
-    _dataset: Any = None
+    _executor: Any = None
     _is_closed: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -118,8 +118,17 @@ class _Stream:
             if self._is_closed:
                 raise ClusterError("the data workers were stopped")
             if self._blocks is None:
-                self._dataset = self._stream(step)
-                self._blocks = iter(self._dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
+                dataset = self._stream(step)
+                create = (
+                    dataset._create_executor
+                )  # iter_batches shows its executor only after the first block, too late for close
+
+                def remembered() -> Any:
+                    self._executor = create()
+                    return self._executor
+
+                dataset._create_executor = remembered
+                self._blocks = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
             return self._blocks
 
     def _stream(self, step: int) -> Any:
@@ -138,14 +147,24 @@ class _Stream:
 
     def _end(self) -> None:
         with self._lock:
-            self._blocks, dataset, self._dataset = None, self._dataset, None
-        if dataset is not None:
-            dataset._synchronize_progress_bar()  # ends its executor and task at once, whoever waits for a block
+            self._blocks, executor = None, self._executor
+        if executor is not None:
+            executor.shutdown(force=True)  # at once, whoever waits for a block; closing the iterator only works between blocks
 
     def close(self) -> None:
-        """End the data worker; a `take` that waits in another thread ends as well."""
+        """End the data worker; a `take` that waits in another thread ends as well. May be called again."""
         self._is_closed = True
         self._end()
+
+
+def _close(streams: Sequence[_Stream], waiting: Collection[Future[Any]]) -> None:
+    """Close the streams until nobody waits for them: one that was just being opened is closed in the next round."""
+    while True:
+        for stream in streams:
+            stream.close()
+        if all(future.done() for future in waiting):
+            return
+        time.sleep(0.05)
 
 
 def _context(waiting_bytes: int) -> Any:
@@ -236,11 +255,12 @@ class RayLoader:
             for step in range(first, stop):
                 for ahead in range(step + len(waiting), min(step + _JOINED_AHEAD, stop)):
                     waiting.append(pool.submit(self._joined, streams, ahead, readers))
-                yield self._handed_out(step, *self._wait_for(waiting.popleft(), is_first=step == first))
+                arrays, slices = self._wait_for(waiting[0], is_first=step == first)
+                waiting.popleft()
+                yield self._handed_out(step, arrays, slices)
         finally:
-            for stream in streams:
-                stream.close()
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            _close(streams, waiting)
             readers.shutdown(wait=True, cancel_futures=True)
 
     def _stream(self, number: int, stop: int) -> _Stream:
