@@ -145,7 +145,7 @@ def test_impossible_students_are_refused(changes, message):
     [
         (
             ("scaling.num_workers=2", "loader.ray_workers=3", "train.global_batch_size=8"),
-            "train.global_batch_size 8 is not divisible by 2 workers with 3 data workers each (loader.ray_workers); use 6 or 12",
+            "8 is not divisible by 2 workers with 3 data workers each (loader.ray_workers); use 6 or 12",
         ),
         (("scaling.num_workers=0",), "loader.via ray_data needs Ray, and scaling.num_workers is 0; use 1 or more"),
     ],

@@ -79,7 +79,7 @@ def from_block(block: pa.Table) -> Slice:
         raise getattr(errors, kind)(text)
     return Slice(
         block["step"][0].as_py(),
-        tuple(np.frombuffer(block[name].chunk(0)[0].as_buffer(), np.uint8) for name in _ARRAYS),
+        tuple(_memory(block[name].chunk(0)) for name in _ARRAYS),
         notes["image_ids"],
         [Rejection(**one) for one in notes["rejections"]],
         block["num_bytes"][0].as_py(),
@@ -90,3 +90,10 @@ def _bytes(array: npt.NDArray[Any]) -> pa.Array:
     """One row that holds the memory of an array."""
     ends = pa.py_buffer(np.array([0, array.nbytes], np.int64))
     return pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, ends, pa.py_buffer(np.ascontiguousarray(array))])
+
+
+def _memory(row: pa.LargeBinaryArray) -> npt.NDArray[np.uint8]:
+    """The bytes of one row where they lie; its scalar would be a copy."""
+    _, ends, data = row.buffers()
+    start, stop = np.frombuffer(ends, np.int64)[row.offset : row.offset + 2]
+    return np.frombuffer(data, np.uint8)[start:stop]
