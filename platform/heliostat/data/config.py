@@ -118,7 +118,7 @@ class LoaderConfig(StrictModel):
     batches come through the object store; for GPU nodes that are short of cores. The batches are the same, byte for byte."""
     ray_workers: int = Field(default=1, ge=1)
     """Data workers of each training worker; each reserves `workers` CPUs, one at least, and has the memory above for itself.
-    Few large ones cost less than many small ones (benchmarks/ingest.py)."""
+    Two of one thread made more images a second than one of two threads, for the same CPU time (benchmarks/ingest.py)."""
     ray_resources: dict[str, PositiveNumber] = Field(default_factory=dict)
     """Custom resources that a data worker takes besides its CPUs, such as {loader: 1} on nodes that were started with
     --resources='{"loader": 8}': keeps data workers on the CPU nodes."""
