@@ -138,3 +138,20 @@ def test_an_impossible_training_is_refused_in_one_line(override, message):
 def test_impossible_students_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message.replace("{", r"\{") if "patch" in message else message):
         distill(**changes)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ("scaling.num_workers=2", "loader.ray_workers=3", "train.global_batch_size=8"),
+            "8 is not divisible by 2 workers with 3 data workers each (loader.ray_workers); use 6 or 12",
+        ),
+        (("crops.cut_on=device",), "crops.cut_on device leaves the crops to the GPU, and loader.via ray_data has them cut"),
+        (("scaling.num_workers=0",), "loader.via ray_data needs Ray, and scaling.num_workers is 0; use 1 or more"),
+    ],
+)
+def test_data_workers_that_cannot_serve_are_refused(words, message):
+    with pytest.raises(ConfigError) as error:
+        settings("loader.via=ray_data", *words)
+    assert message in str(error.value)

@@ -1,7 +1,8 @@
 """The memory of one batch while threads fill it; each image is written to its own slots by its own thread."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +54,14 @@ class CropArrays:
         multi_crop_into(pixels, self.crops, key, *by_crop)
         self.image_ids[slot] = image_id
 
+    def write_slice(self, start: int, crops_and_masks: Sequence[npt.NDArray[Any]], image_ids: Sequence[str]) -> None:
+        """Lay a batch of fewer images, as its global crops, local crops and masks, into the slots from `start`."""
+        size, part = len(self.image_ids), len(image_ids)
+        for target, rows in zip((self.global_crops, self.local_crops, self.masks), crops_and_masks, strict=True):
+            by_crop = target.reshape(-1, size, *target.shape[1:])  # a view: targets are contiguous
+            by_crop[:, start : start + part] = rows.reshape(-1, part, *target.shape[1:])
+        self.image_ids[start : start + part] = image_ids
+
     def batch(self) -> Batch:
         """The batch; the memory is shared, not copied."""
         return Batch(
@@ -92,22 +101,27 @@ class RawArrays:
 
 def new_arrays(num_images: int, crops: CropsConfig, num_patches: int, *, pinned: bool) -> BatchArrays:
     """Memory for one batch; pinned memory lets a GPU fetch it while it computes."""
-    num_global = NUM_GLOBAL_CROPS * num_images
+    if crops.cut_on == "cpu":
+        return new_crop_arrays(num_images, crops, num_patches, pinned=pinned)
+    masks = _empty(NUM_GLOBAL_CROPS * num_images, num_patches, pinned=pinned).view(np.bool_)
+    nothing = np.empty((0, 0, 3), np.uint8)
+    return RawArrays(crops, masks, [""] * num_images, [nothing] * num_images, [(0, 0, 0)] * num_images, pinned)
+
+
+def new_crop_arrays(num_images: int, crops: CropsConfig, num_patches: int, *, pinned: bool) -> CropArrays:
+    """Memory for one batch of crops that are cut on a CPU."""
+    num_global, num_local = NUM_GLOBAL_CROPS * num_images, crops.local_crops_number * num_images
     side, local_side = crops.global_crops_size, crops.local_crops_size
-
-    def empty(*shape: int) -> npt.NDArray[np.uint8]:
-        if pinned:
-            return torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()
-        return np.empty(shape, np.uint8)
-
-    masks, image_ids = empty(num_global, num_patches).view(np.bool_), [""] * num_images
-    if crops.cut_on == "device":
-        nothing = np.empty((0, 0, 3), np.uint8)
-        return RawArrays(crops, masks, image_ids, [nothing] * num_images, [(0, 0, 0)] * num_images, pinned)
     return CropArrays(
         crops,
-        empty(num_global, 3, side, side),
-        empty(crops.local_crops_number * num_images, 3, local_side, local_side),
-        masks,
-        image_ids,
+        _empty(num_global, 3, side, side, pinned=pinned),
+        _empty(num_local, 3, local_side, local_side, pinned=pinned),
+        _empty(num_global, num_patches, pinned=pinned).view(np.bool_),
+        [""] * num_images,
     )
+
+
+def _empty(*shape: int, pinned: bool) -> npt.NDArray[np.uint8]:
+    if pinned:
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()
+    return np.empty(shape, np.uint8)

@@ -15,6 +15,7 @@ NUM_GLOBAL_CROPS = 2  # DINOv2's objective compares two global crops of each ima
 IMAGE_FORMATS: tuple[ImageFormat, ...] = ("jpeg", "png", "webp", "gif", "bmp", "tiff")
 
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveNumber = Annotated[float, Field(gt=0.0)]
 
 # Blur probabilities (first global crop, second global crop, local crops). DINOv2's code passes 1 - p where p is meant, so its
 # released models were trained with the first row although its text declares the second.
@@ -115,6 +116,20 @@ class LoaderConfig(StrictModel):
     those of the window to come. Images of shards that do not fit are read one by one."""
     cache_bytes: int = Field(default=256 * 2**20, ge=0)
     """Memory for decoded images of this rank, bytes; 0 turns it off. Pays where the whole data set nearly fits."""
+    via: Literal["threads", "ray_data"] = "threads"
+    """Where that is done: in threads of the training worker, or by Ray Data in data workers anywhere in the cluster, whose
+    batches come through the object store; for GPU nodes that are short of cores. The batches are the same, byte for byte."""
+    ray_workers: int = Field(default=1, ge=1)
+    """Data workers of each training worker; each reserves `workers` CPUs, one at least, and has the memory above for itself.
+    Two of one thread made more images a second than one of two threads, for the same CPU time (benchmarks/ingest.py)."""
+    ray_resources: dict[str, PositiveNumber] = Field(default_factory=dict)
+    """Custom resources that a data worker takes besides its CPUs, such as {loader: 1} on nodes that were started with
+    --resources='{"loader": 8}': keeps data workers on the CPU nodes."""
+
+    @property
+    def cpus_of_data_worker(self) -> int:
+        """Logical CPUs that a data worker reserves."""
+        return max(1, self.workers)
 
 
 class PhotographPoolConfig(StrictModel):

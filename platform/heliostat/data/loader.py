@@ -22,10 +22,11 @@ from heliostat.data.config import CropsConfig, DecodeConfig, LoaderConfig, Shuff
 from heliostat.data.image_source import ImageSource, PixelReader, ReadBytes
 from heliostat.data.masking import MaskSettings, batch_masks
 from heliostat.data.order import GlobalOrder, Places
+from heliostat.data.position import Position
 from heliostat.data.quarantine import Rejection
 from heliostat.data.raw_batch import RawBatch
 from heliostat.data.shard_window import ShardWindow
-from heliostat.errors import ConfigError, DataError
+from heliostat.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,9 @@ class ImageLoader:
         rank: int = 0,
         world_size: int = 1,
         decoding: DecodeConfig | None = None,
+        pinned: bool | None = None,
     ) -> None:
-        """Assign; nothing is read yet.
+        """Assign; nothing is read yet. pinned: whether batches lie in pinned memory; None: where there is a GPU.
 
         What a reader raises reaches the consumer. Raises ConfigError (batch, rank, patches, weights) and DataError (no images).
         """
@@ -99,7 +101,8 @@ class ImageLoader:
         self._seed, self._rank = seed, rank
         self._global_batch_size, self._batch_size = global_batch_size, global_batch_size // world_size
         self._counts = _Counts()
-        self._next_step = 0
+        self._position = Position(self._order.digest, global_batch_size)
+        self._pinned = torch.cuda.is_available() if pinned is None else pinned
 
     @property
     def num_images(self) -> int:
@@ -108,22 +111,11 @@ class ImageLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the sequence stands after the last batch that was handed out; the same on every rank, for every world size."""
-        return {"position": self._next_step * self._global_batch_size, "order": self._order.digest}
+        return self._position.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where another loader stood. Raises DataError when it had another sequence or stood in the middle of a batch."""
-        if state["order"] != self._order.digest:
-            raise DataError(
-                "the loader's state is of another sequence of images: sources, their weights, seed or shuffle differ; "
-                "give those of the interrupted run or start a new version"
-            )
-        step, rest = divmod(int(state["position"]), self._global_batch_size)
-        if rest:
-            raise DataError(
-                f"position {state['position']} of the loader's state is no multiple of global_batch_size "
-                f"{self._global_batch_size}; go on with the batch size of the interrupted run"
-            )
-        self._next_step = step
+        self._position.load_state_dict(state)
 
     def statistics(self) -> LoaderStatistics:
         """What was done so far; callable at any time from any thread."""
@@ -148,7 +140,8 @@ class ImageLoader:
 
     def batches(self, num_steps: int) -> Generator[Batch | RawBatch, None, None]:
         """Yield the next `num_steps` batches; closing the iterator stops its threads."""
-        steps = range(self._next_step, self._next_step + num_steps)
+        first = self._position.next_step
+        steps = range(first, first + num_steps)
         batches = self._prefetch(steps) if self._loader.workers else (self.batch(step) for step in steps)
         try:
             while True:
@@ -195,7 +188,7 @@ class ImageLoader:
         with self._counts.lock:
             self._counts.rejections += arrays.rejections
             self._counts.decode_failures.update(rejection.reason for rejection in arrays.rejections)
-        self._next_step = step + 1
+        self._position.next_step = step + 1
         return arrays.batch()
 
     def _plan(self, step: int) -> _Plan:
@@ -248,7 +241,7 @@ class ImageLoader:
 
     def _new_arrays(self) -> BatchArrays:
         num_patches = self._grid_hw[0] * self._grid_hw[1]
-        return new_arrays(self._batch_size, self._crops, num_patches, pinned=torch.cuda.is_available())
+        return new_arrays(self._batch_size, self._crops, num_patches, pinned=self._pinned)
 
     def _draw_masks(self, arrays: BatchArrays, step: int) -> None:
         own = range(self._rank * self._batch_size, (self._rank + 1) * self._batch_size)

@@ -16,8 +16,12 @@ def grid_points(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 
 
 def trial_config(base: PretrainConfig, overrides: Mapping[str, Any]) -> PretrainConfig:
-    """The pretrain section with dotted keys replaced, run in one process. Raises ConfigError for an unknown key."""
-    words = [f"{key}={json.dumps(value)}" for key, value in {**overrides, "scaling.num_workers": 0}.items()]
+    """The pretrain section with dotted keys replaced, run in one process and its threads.
+
+    Raises ConfigError for an unknown key.
+    """
+    here = {"scaling.num_workers": 0, "loader.via": "threads"}
+    words = [f"{key}={json.dumps(value)}" for key, value in {**overrides, **here}.items()]
     return validate(PretrainConfig, apply_overrides(base.model_dump(mode="json"), words), "sweep")
 
 

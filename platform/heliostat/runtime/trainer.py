@@ -7,20 +7,23 @@ group; the loop then finds the newest checkpoint by itself.
 import os
 import re
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import ray
 import torch
 
+from heliostat.data.loading import BatchLoader, Loading
 from heliostat.errors import HeliostatError, NonFiniteLossError, TrainingError, UsageError
+from heliostat.runtime.cluster_room import check_room
 from heliostat.runtime.interrupt import run_interruptible
 from heliostat.runtime.progress import Progress, training_line
 from heliostat.runtime.relay import Relay, Watcher
 from heliostat.tracking import Run, Tracker
 from heliostat.training.engine import World
-from heliostat.training.run import TrainingJob, run_training
+from heliostat.training.run import LoaderFactory, TrainingJob, in_threads, run_training
 
 
 @dataclass(frozen=True)
@@ -71,11 +74,12 @@ def _fit(request: TrainingRequest, relay: Relay) -> dict[str, Any]:
     scaling = request.job.config.scaling
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(scaling.start_timeout_seconds)
     resources = {"CPU": scaling.cpus_per_worker} | ({"GPU": 1.0} if scaling.use_gpu else {})
-    _check_resources(resources, scaling.num_workers)
+    check_room(resources, request.job)
+    slim = replace(request, job=replace(request.job, sources=()))  # the tables of images are put once, for data workers as well
     with tempfile.TemporaryDirectory(prefix="heliostat-train-", ignore_cleanup_errors=True) as folder:
         trainer = TorchTrainer(
             _worker,
-            train_loop_config={"request": ray.put(request), "relay": relay},
+            train_loop_config={"request": ray.put(slim), "sources": ray.put(request.job.sources), "relay": relay},
             torch_config=TorchConfig(
                 backend="nccl" if scaling.use_gpu else "gloo", timeout_s=scaling.collective_timeout_seconds
             ),
@@ -97,19 +101,6 @@ def _fit(request: TrainingRequest, relay: Relay) -> dict[str, Any]:
     if "error" in summary:
         raise TrainingError(summary["error"])
     return summary
-
-
-def _check_resources(resources: dict[str, float], num_workers: int) -> None:
-    """Refuse a group that a cluster of fixed size can never place; an autoscaling one is given its start timeout."""
-    if os.environ.get("RAY_ADDRESS"):
-        return
-    total = ray.cluster_resources()
-    for name, amount in resources.items():
-        if amount * num_workers > total.get(name, 0):
-            raise TrainingError(
-                f"{num_workers} workers need {amount * num_workers:g} {name}, Ray has {total.get(name, 0):g}; "
-                "lower scaling.num_workers or raise cluster.num_cpus"
-            )
 
 
 def _readable(error: BaseException) -> HeliostatError:
@@ -152,9 +143,23 @@ def _worker(parameters: dict[str, Any]) -> dict[str, Any]:
     def notify(text: str) -> None:
         relay.note(request.label(), text)
 
+    job = replace(request.job, sources=ray.get(parameters["sources"]))
+    open_loader: LoaderFactory = partial(_from_data_workers, job=job, sources=parameters["sources"])
+    if job.config.loader.via == "threads":
+        open_loader = in_threads
     try:
-        return run_training(request.job, World(rank, size, device), report, notify)
+        return run_training(job, World(rank, size, device), report, notify, open_loader)
     except HeliostatError as error:
         if size > 1 and not isinstance(error, UsageError | NonFiniteLossError):
             raise
         return {"error": str(error)}
+
+
+def _from_data_workers(
+    loading: Loading, world: World, notify: Callable[[str], None], *, job: TrainingJob, sources: "ray.ObjectRef"
+) -> BatchLoader:
+    """The loader whose work is done by Ray Data."""
+    from heliostat.runtime.ray_loader import RayLoader  # costs a second, which runs without it need not pay
+
+    timeout = job.config.scaling.start_timeout_seconds
+    return RayLoader(loading, sources, rank=world.rank, world_size=world.size, notify=notify, start_timeout_seconds=timeout)

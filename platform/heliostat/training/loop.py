@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from heliostat.data.batch import Batch
-from heliostat.data.loader import ImageLoader
+from heliostat.data.loading import BatchLoader
 from heliostat.data.raw_batch import RawBatch, crops_of
 from heliostat.errors import NonFiniteLossError
 from heliostat.models.weights import load_state
@@ -67,7 +67,7 @@ class Trainer:
     method: AnyMethod
     optimizer: torch.optim.Optimizer
     engine: Engine
-    loader: ImageLoader
+    loader: BatchLoader
     config: TrainingConfig
     files: Store
     world: World

@@ -130,11 +130,24 @@ class TrainingConfig(StrictModel):
 
     @model_validator(mode="after")
     def _check_batch(self) -> Self:
-        workers, batch = max(self.scaling.num_workers, 1), self.train.global_batch_size
+        workers, batch, who = max(self.scaling.num_workers, 1), self.train.global_batch_size, ""
+        if self.loader.via == "ray_data":
+            if self.scaling.num_workers == 0:
+                raise ValueError(
+                    "loader.via ray_data needs Ray, and scaling.num_workers is 0; use 1 or more, or loader.via=threads"
+                )
+            if self.crops.cut_on == "device":
+                raise ValueError(
+                    "crops.cut_on device leaves the crops to the GPU, and loader.via ray_data has them cut by data workers; "
+                    "use crops.cut_on=cpu or loader.via=threads"
+                )
+            who = f" with {self.loader.ray_workers} data workers each (loader.ray_workers)"
+            workers *= self.loader.ray_workers
         if batch % workers:
             lower = batch // workers * workers
             advice = " or ".join(str(size) for size in (lower, lower + workers) if size)
-            raise ValueError(f"train.global_batch_size {batch} is not divisible by {workers} workers; use {advice}")
+            num_workers = max(self.scaling.num_workers, 1)
+            raise ValueError(f"train.global_batch_size {batch} is not divisible by {num_workers} workers{who}; use {advice}")
         return self
 
     @model_validator(mode="after")

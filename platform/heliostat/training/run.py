@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from heliostat.data.image_source import ImageSource
-from heliostat.data.loader import ImageLoader
+from heliostat.data.loading import BatchLoader, Loading
 from heliostat.data.masking import MaskSettings
 from heliostat.models.config import BackboneConfig
 from heliostat.models.stored import ModelInfo, model_files
@@ -66,7 +66,17 @@ def build_method(
     return method
 
 
-def build_trainer(job: TrainingJob, world: World, report: Report, notify: Callable[[str], None]) -> Trainer:
+LoaderFactory = Callable[[Loading, World, Callable[[str], None]], BatchLoader]
+
+
+def in_threads(loading: Loading, world: World, notify: Callable[[str], None]) -> BatchLoader:
+    """The loader that works in threads of the training process."""
+    return loading.image_loader(world.rank, world.size)
+
+
+def build_trainer(
+    job: TrainingJob, world: World, report: Report, notify: Callable[[str], None], open_loader: LoaderFactory = in_threads
+) -> Trainer:
     """Wire one rank's trainer together."""
     config = job.config
     torch.set_num_threads(config.scaling.threads_per_worker)
@@ -74,29 +84,34 @@ def build_trainer(job: TrainingJob, world: World, report: Report, notify: Callab
     optimizer = build_optimizer(method.networks, config.optim)
     dtype = compute_dtype(config.train.compute_dtype, world.device)
     engine = build_engine(method.networks, optimizer, clip_grad=config.optim.clip_grad, world=world, dtype=dtype)
-    patch_size = next(iter(config.backbones.values())).patch_size
-    loader = ImageLoader(
-        job.sources,
+    loader = open_loader(loading_of(job), world, notify)
+    return Trainer(method, optimizer, engine, loader, config, job.files, world, report, notify)
+
+
+def loading_of(job: TrainingJob) -> Loading:
+    """Which batches the run sees."""
+    config, ibot = job.config, job.config.method.ibot
+    return Loading(
+        sources=job.sources,
         crops=config.crops,
         loader=config.loader,
         masks=MaskSettings(
-            patch_size=patch_size,
-            mask_ratio_min_max=config.method.ibot.mask_ratio_min_max,
-            mask_sample_probability=config.method.ibot.mask_sample_probability,
+            patch_size=next(iter(config.backbones.values())).patch_size,
+            mask_ratio_min_max=ibot.mask_ratio_min_max,
+            mask_sample_probability=ibot.mask_sample_probability,
         ),
         global_batch_size=config.train.global_batch_size,
         seed=config.train.seed,
         shuffle=config.shuffle,
-        rank=world.rank,
-        world_size=world.size,
         decoding=config.decode,
     )
-    return Trainer(method, optimizer, engine, loader, config, job.files, world, report, notify)
 
 
-def run_training(job: TrainingJob, world: World, report: Report, notify: Callable[[str], None]) -> dict[str, Any]:
+def run_training(
+    job: TrainingJob, world: World, report: Report, notify: Callable[[str], None], open_loader: LoaderFactory = in_threads
+) -> dict[str, Any]:
     """Train one rank to the end. The main rank writes every model's files; returns a small summary, metrics by network."""
-    trainer = build_trainer(job, world, report, notify)
+    trainer = build_trainer(job, world, report, notify, open_loader)
     history = fit(trainer)
     if not world.is_main:
         return {}
