@@ -147,7 +147,10 @@ def test_impossible_students_are_refused(changes, message):
             ("scaling.num_workers=2", "loader.ray_workers=3", "train.global_batch_size=8"),
             "8 is not divisible by 2 workers with 3 data workers each (loader.ray_workers); use 6 or 12",
         ),
-        (("crops.cut_on=device",), "crops.cut_on device leaves the crops to the GPU, and loader.via ray_data has them cut"),
+        (
+            ("crops.cut_on=device", "scaling.num_workers=1"),
+            "crops.cut_on device leaves the crops to the GPU, and loader.via ray_data has them cut",
+        ),
         (("scaling.num_workers=0",), "loader.via ray_data needs Ray, and scaling.num_workers is 0; use 1 or more"),
     ],
 )
