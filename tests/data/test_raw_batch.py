@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from tars import Tars
 
 from heliostat.data.batch import Batch
 from heliostat.data.config import CropsConfig, LoaderConfig
@@ -21,20 +22,6 @@ KEY = "shards/000000.tar"
 CPU = torch.device("cpu")
 
 
-class Tar:
-    def __init__(self, data: bytes) -> None:
-        self.data = data
-
-    def __call__(self, shard: str, offset: int, length: int) -> bytes:
-        return self.data[offset : offset + length]
-
-    def is_remote(self, shard: str) -> bool:
-        return False
-
-    def whole(self, shard: str) -> bytes:
-        return self.data
-
-
 @pytest.fixture(scope="module")
 def make() -> Callable[..., ImageLoader]:
     images = []
@@ -44,7 +31,7 @@ def make() -> Callable[..., ImageLoader]:
         images.append(make_shard_image(cv2.imencode(".png", pixels)[1].tobytes(), "png", f"{number}.png"))
     images.append(make_shard_image(b"no image", "png", "bad.png"))
     tar = write_shard(images)
-    source = ImageSource(image_table(manifest_rows(KEY, tar)), Tar(tar))
+    source = ImageSource(image_table(manifest_rows(KEY, tar)), Tars({KEY: tar}))
 
     def build(cut_on: str, **changes: object) -> ImageLoader:
         config = CropsConfig(global_crops_size=48, local_crops_size=24, local_crops_number=3, cut_on=cut_on)  # type: ignore[arg-type]
