@@ -22,7 +22,6 @@ import torch
 from ray._private.internal_api import memory_summary
 from tars import Tars, Unreachable
 from tiny_training import final_files, job, settings, shard
-from tiny_training import train as train_here
 
 from heliostat.data.batch import Batch
 from heliostat.data.config import CropsConfig, DecodeConfig, LoaderConfig, ShuffleConfig
@@ -222,7 +221,7 @@ def test_batches_that_nobody_takes_are_bounded_in_memory(loading: Loading) -> No
 
 
 def _used_store_bytes() -> int:
-    text = memory_summary(stats_only=True)
+    text = memory_summary(ray.get_runtime_context().gcs_address, stats_only=True)
     used = re.search(r"Plasma memory usage (\d+) MiB", text)
     return int(used[1]) * 2**20 if used else 0
 
@@ -259,15 +258,11 @@ def fit(work: TrainingJob) -> None:
 RAY_DATA = ("loader.via=ray_data", "loader.ray_workers=2", "loader.workers=1")
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
-def test_the_model_does_not_tell_how_its_images_came(tmp_path: Path, num_workers: int) -> None:
+def test_the_model_does_not_tell_how_its_images_came(tmp_path: Path) -> None:
     tar = shard(broken=3)
-    scaling = (f"scaling.num_workers={num_workers}", "scaling.cpus_per_worker=0.5")
+    scaling = ("scaling.num_workers=2", "scaling.cpus_per_worker=0.5")
     fit(job(tmp_path / "ray_data", settings(*scaling, *RAY_DATA), tar))
-    if num_workers == 1:
-        train_here(job(tmp_path / "threads", settings(), tar))
-    else:
-        fit(job(tmp_path / "threads", settings(*scaling), tar))
+    fit(job(tmp_path / "threads", settings(*scaling), tar))
     assert final_files(tmp_path / "ray_data") == final_files(tmp_path / "threads")
     assert _wait_until(_all_cpus_are_free)
 
