@@ -3,6 +3,7 @@
 Nothing is opened here but lists; names and sizes are enough to plan the work. What is not taken is counted by its suffix.
 """
 
+import errno
 import fnmatch
 import hashlib
 import os
@@ -108,9 +109,11 @@ def open_source(uri: str) -> Source:
 
     Raises DataError when there is nothing, UsageError when it is not clear what is meant.
     """
+    if not uri.strip():
+        raise UsageError("the source is empty; give a folder, an s3:// prefix, a list, tars or Parquet files")
     head, _, name = uri.rstrip("/").rpartition("/")
     suffix = name.lower().rpartition(".")[2] if "." in name else ""
-    is_folder = "://" not in uri and Path(uri).expanduser().is_dir()
+    is_folder = "://" not in uri and os.path.isdir(os.path.expanduser(uri))
     if any(sign in name for sign in "*?{") and not is_folder:
         return _matching(uri, head or "/" * uri.startswith("/") or ".", name)
     if not is_folder and suffix in ("tar", "parquet", *LIST_SUFFIXES, "gz", "tgz", "zip", "bz2", "zst"):
@@ -194,12 +197,12 @@ def _walk_folder(root: str, listing: _Listing) -> None:
                 kind = _KIND_OF_SUFFIX.get(name.lower().rpartition(".")[2])
                 if kind is None:
                     listing.pass_over(name)
-                elif not entry.is_file():
+                elif (num_bytes := _file_size(entry)) is None:
                     listing.passed_over["links to folders or to nothing"] += 1
                 elif "\\" in name or not _is_text(name):
                     listing.passed_over["with a name that is no key"] += 1
                 else:
-                    listing.found[kind].append((prefix + name, entry.stat().st_size))
+                    listing.found[kind].append((prefix + name, num_bytes))
 
 
 def _scan(folder: str) -> "os._ScandirIterator[str]":
@@ -207,6 +210,16 @@ def _scan(folder: str) -> "os._ScandirIterator[str]":
         return os.scandir(folder)
     except OSError as error:
         raise DataError(f"cannot list {folder}: {error.strerror}") from error
+
+
+def _file_size(entry: "os.DirEntry[str]") -> int | None:
+    """Size in bytes; None for what is no file (any more), such as a link to itself."""
+    try:
+        return entry.stat().st_size if entry.is_file() else None
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG):
+            return None
+        raise DataError(f"cannot look at {entry.path}: {error.strerror}") from error
 
 
 def _is_text(name: str) -> bool:
