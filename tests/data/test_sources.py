@@ -170,3 +170,22 @@ def test_half_a_surrogate_pair_in_a_list_is_a_bad_entry(tmp_path: Path) -> None:
 def test_an_empty_source_is_not_this_folder_and_an_unknown_home_is_named(uri: str) -> None:
     with pytest.raises(UsageError, match=r"empty|no such user"):
         open_source(uri)
+
+
+def test_an_address_in_a_list_that_names_no_object_is_a_bad_entry_and_a_password_is_not_repeated(tmp_path: Path) -> None:
+    listed = tmp_path / "list.txt"
+    listed.write_text("s3://bucket/a.jpg\ns3:///x.jpg\ns3://bucket\ns3://bucket/../y.jpg\ns3://bucket/a//b.jpg\n")
+    source = open_source(str(listed))
+    assert list(source.keys) == ["s3://bucket/a.jpg"]
+    assert [one.reason for one in source.rejected] == ["bad_entry"] * 4
+    listed.write_text("s3://user:canary@bucket/a.jpg\n")
+    with pytest.raises(UsageError, match=r"entry 1 of the list list.txt holds a user") as refused:
+        open_source(str(listed))
+    assert "canary" not in str(refused.value)
+
+
+def test_a_slash_tells_a_folder_that_is_called_like_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    stores = []
+    monkeypatch.setattr("heliostat.data.sources._folder", stores.append)
+    open_source("s3://bucket/train.parquet/")
+    assert stores == ["s3://bucket/train.parquet/"]

@@ -145,7 +145,7 @@ def _key(store: Store, entry: str, where: str) -> str | None:
     if "://" in entry:
         if not entry.startswith("s3://"):
             raise UsageError(f"{where} is {entry[:200]}; only paths and s3:// can be listed, fetch the others first")
-        return entry
+        return entry if _names_an_object(entry, where) else None
     is_local = isinstance(store, LocalStore)
     if entry.startswith(("/", "~")):
         path = os.path.expanduser(entry)  # leaves the home of an unknown user as it is
@@ -157,6 +157,16 @@ def _key(store: Store, entry: str, where: str) -> str | None:
         return check_key(plain)
     except UsageError:
         return None
+
+
+def _names_an_object(uri: str, where: str) -> bool:
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    if "@" in bucket or ":" in bucket:  # not repeated: it may be a secret
+        raise UsageError(f"{where} holds a user, a password or a port; write s3://bucket/key and use AWS_* variables")
+    try:
+        return bool(bucket and key) and check_key(key) == key
+    except UsageError:
+        return False
 
 
 def _local_size(store: Store, key: str) -> int:

@@ -1,5 +1,6 @@
 """The images of one artifact as plain arrays: 44 bytes an image, shared between the processes of a node without copies."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -46,6 +47,11 @@ class ImageTable:
         """(S,) where the last image of each shard ends: about the size of the shard, in bytes."""
         ends: npt.NDArray[np.int64] = np.maximum.reduceat(self.offset + self.length, self.first[:-1])
         return ends
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over the ids of all images in their order, hex. About a second for 30 million images."""
+        return hashlib.sha256(memoryview(np.ascontiguousarray(self.ids))).hexdigest()
 
     def shard_of(self, images: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The shard numbers of images."""

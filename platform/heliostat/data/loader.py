@@ -5,12 +5,14 @@ any world size together see the same batches. Threads read, decode and augment; 
 interpreter lock while they work. A batch that nobody takes stops them: at most `prefetch_batches` wait.
 """
 
+import hashlib
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -106,13 +108,19 @@ class ImageLoader:
         """Images of all sources."""
         return sum(source.table.num_images for source in self._sources)
 
+    @cached_property
+    def _digest(self) -> str:
+        """Changes with the order and with the images: two data sets may well have shards of the same sizes."""
+        parts = (self._order.digest, *(source.table.digest for source in self._sources))
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
     def state_dict(self) -> dict[str, Any]:
         """Where the sequence stands after the last batch that was handed out; the same on every rank, for every world size."""
-        return {"position": self._next_step * self._global_batch_size, "order": self._order.digest}
+        return {"position": self._next_step * self._global_batch_size, "order": self._digest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where another loader stood. Raises DataError when it had another sequence or stood in the middle of a batch."""
-        if state["order"] != self._order.digest:
+        if state["order"] != self._digest:
             raise DataError(
                 "the loader's state is of another sequence of images: sources, their weights, seed or shuffle differ; "
                 "give those of the interrupted run or start a new version"

@@ -65,7 +65,8 @@ class ShardWindow:
             fetch = expected.fetch if expected is not None else None
         if fetch is None:
             return self.read_image(source, shard, offset, length)
-        return fetch.result()[offset : offset + length]
+        found = fetch.result()[offset : offset + length]
+        return found if len(found) == length else self.read_image(source, shard, offset, length)  # a cut shard: the same error
 
     def start(self) -> None:
         """Begin to fetch."""

@@ -116,6 +116,7 @@ def open_source(uri: str) -> Source:
     is_folder = "://" not in uri and os.path.isdir(os.path.expanduser(uri))
     if any(sign in name for sign in "*?{") and not is_folder:
         return _matching(uri, head or "/" * uri.startswith("/") or ".", name)
+    is_folder |= uri.endswith("/")  # Spark calls folders train.parquet; in a bucket only the slash tells
     if not is_folder and suffix in ("tar", "parquet", *LIST_SUFFIXES, "gz", "tgz", "zip", "bz2", "zst"):
         return _one_file(uri, head or "/" * uri.startswith("/") or ".", name, suffix)
     return _folder(uri)
@@ -264,7 +265,7 @@ def _one_file(uri: str, folder: str, name: str, suffix: str) -> Source:
         raise UsageError(f"{uri} is compressed; images do not compress, unpack it once and give the folder or the plain tar")
     num_bytes = store.size(name)
     if num_bytes is None:
-        raise DataError(f"no file at {uri}")
+        raise DataError(f"no file at {uri}; give a folder of that name with a slash behind it")
     if suffix == "tar":
         return Source(store, "tars", [name], [num_bytes])
     entries = read_list(store, name, num_bytes)
