@@ -51,7 +51,7 @@ class ImageTable:
     @cached_property
     def digest(self) -> str:
         """sha256 over the ids of all images in their order, hex. About a second for 30 million images."""
-        return hashlib.sha256(memoryview(np.ascontiguousarray(self.ids))).hexdigest()
+        return hashlib.sha256(np.ascontiguousarray(self.ids).data).hexdigest()
 
     def shard_of(self, images: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The shard numbers of images."""
