@@ -11,7 +11,7 @@ import pytest
 
 from heliostat import __version__
 from heliostat.artifacts import RECORD, ArtifactRef, ArtifactStore
-from heliostat.cli import OTHER_VERBS, STAGE_VERBS, main
+from heliostat.cli import OTHER_VERBS, STAGE_VERBS, main, parse
 from heliostat.config import load_recipe, shipped_recipes
 from heliostat.data.photographs import write_crops
 from heliostat.runtime.recipe import Recipe
@@ -127,6 +127,9 @@ def test_help_and_version_import_nothing_heavy(command: list[str]) -> None:
         (["run", "laptop", "distill.teacher=none.pth"], "no weights at none.pth; give model/name@version, a file ("),
         (["run", "laptop", "distill.teacher=s3://bucket/g.pth"], "s3://bucket/g.pth: weights are read from a local file"),
         (["pretrain", "laptop", "data=photos/1"], "'photos/1' is not an artifact; write kind/name@version"),
+        (["shard", "s3://", "name=a"], "s3:// names no bucket"),
+        (["shard", "", "name=a"], "the source is empty; give a folder"),
+        (["shard", "~nobody-here/photos", "name=a"], "~nobody-here/photos: there is no such user here"),
         (["shard"], "heliostat shard takes one folder, list, tar or Parquet file, got nothing"),
         (["shard", "photos"], "give the artifact a name: heliostat shard photos name=photos"),
         (["shard", "photos", "name=a", "formt=tar"], "unknown key: ingest.formt. Did you mean ingest.format?"),
@@ -288,6 +291,13 @@ def test_a_wrong_secret_is_refused_without_showing_it(capsys, s3_server, s3_buck
     assert status == 1
     assert "was refused" in error
     assert "wrong-secret-value" not in error
+
+
+def test_a_path_may_hold_an_equals_sign() -> None:
+    request = parse(["shard", "s3://lake/date=2024-01-01", "name=a", "data={raw/a@1: 1, raw/b@1: 2}"])
+    assert request.words == ("s3://lake/date=2024-01-01",)
+    assert request.overrides == ("name=a", "data={raw/a@1: 1, raw/b@1: 2}")
+    assert parse(["shard", "./run=3/photos", "name=a"]).words == ("./run=3/photos",)
 
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,9 +80,15 @@ def parse(arguments: Sequence[str]) -> Request:
         near = difflib.get_close_matches(options.verb, verbs, n=1)
         hint = f"Did you mean {near[0]}?" if near else f"Verbs: {', '.join(verbs)}"
         raise UsageError(f"unknown verb: {options.verb}. {hint}")
-    words = tuple(word for word in options.words if "=" not in word)
-    overrides = tuple(word for word in options.words if "=" in word)
+    words = tuple(word for word in options.words if not _is_override(word))
+    overrides = tuple(word for word in options.words if _is_override(word))
     return Request(options.verb, words, overrides, options.dry_run)
+
+
+def _is_override(word: str) -> bool:
+    """`key=value`. A path may hold the sign too: `s3://bucket/date=2024-01-01`, `./run=3`."""
+    key, sign, _ = word.partition("=")
+    return bool(sign) and "/" not in key
 
 
 def _one_word(request: Request, meaning: str, default: str = "") -> str:

@@ -39,6 +39,7 @@ PARQUET_CASES: dict[str, tuple[bytes | pa.Table, int, list[str]]] = {
     "Hugging Face's layout": (IMAGES, 8, []),
     "a plain column": (pa.table({"bytes": [PNG, PNG]}), 2, []),
     "a large binary column": (pa.table({"jpg": pa.array([PNG], pa.large_binary())}), 1, []),
+    "two columns of one name": (pa.Table.from_arrays([pa.array([PNG])] * 2, ["jpg", "jpg"]), 0, ["damaged_parquet"]),
     "null structs": (pa.table({"image": [{"bytes": PNG, "path": None}, None]}), 1, ["no_image"]),
     "null bytes with a path": (pa.table({"image": [{"bytes": None, "path": "/etc/passwd"}, {"bytes": PNG, "path": "x"}]}), 1,
                                ["no_image"]),
@@ -100,3 +101,29 @@ def test_small_files_that_claim_to_be_large_cost_no_memory(tmp_path: Path) -> No
         assert rejections >= 1
         assert rows < 40
         assert grown < 500, name
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        pa.array(["1", None], pa.string()),
+        pa.array(["1", None], pa.large_string()),
+        pa.array(["1", None], pa.string_view()),
+        pa.array(["1", None]).dictionary_encode(),
+        pa.array([1, None]).dictionary_encode(),
+        pa.array([1.0, None]),
+    ],
+    ids=lambda labels: str(labels.type)[:20],
+)
+def test_labels_come_in_whatever_library_wrote_them(labels: pa.Array) -> None:
+    """Polars writes large strings, pandas dictionaries for categories and floats for integers with gaps."""
+    for kind in (pa.binary(), pa.large_binary(), pa.binary_view()):
+        images, rejections = _parquet(pa.table({"image": pa.array([PNG, PNG], kind), "label": labels}))
+        assert [image.label for image in images] == ["1", None]
+        assert not rejections
+
+
+def test_paths_inside_a_struct_come_in_as_large_strings_too() -> None:
+    kind = pa.struct([("bytes", pa.large_binary()), ("path", pa.large_string())])
+    images, _ = _parquet(pa.table({"image": pa.array([{"bytes": PNG, "path": "a/1.png"}], kind)}))
+    assert images[0].metadata == {"path": "a/1.png"}

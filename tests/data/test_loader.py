@@ -167,7 +167,13 @@ def test_threads_memory_and_reading_never_change_a_batch(make: Callable[..., Ima
 
 def test_a_state_of_another_sequence_is_refused(make: Callable[..., ImageLoader], bodies: list[bytes]) -> None:
     state = make().state_dict()
-    for other in (make(seed=6), make(_source(bodies[:20])), make(shuffle=ShuffleConfig(window_images=21, lanes=2))):
+    others = (
+        make(seed=6),
+        make(_source(bodies[:20])),
+        make(_source(bodies[::-1])),
+        make(shuffle=ShuffleConfig(window_images=21, lanes=2)),
+    )
+    for other in others:
         with pytest.raises(DataError, match="another sequence of images: sources, their weights, seed or shuffle differ"):
             other.load_state_dict(state)
     with pytest.raises(DataError, match="position 6 of the loader's state is no multiple of global_batch_size 4"):

@@ -1,5 +1,6 @@
 """Packing: from any source to shards whose manifest points at the bytes, in both formats, with nothing lost."""
 
+import errno
 import hashlib
 import io
 import json
@@ -220,3 +221,22 @@ def test_tars_and_lists_in_a_bucket_are_read_where_they_lie(s3_bucket: str, tmp_
     found = pack_files(listed.store, listed.files[:], 0, Packing(), LocalStore(tmp_path).put)
     assert found.rows["id"].to_pylist() == [hashlib.sha256(pngs[0]).hexdigest()] * 2
     assert [one.reason for one in found.rejections] == ["missing"]
+
+
+def test_a_file_that_the_system_refuses_is_quarantined_and_a_failing_disk_ends_the_run(
+    tmp_path: Path, store: LocalStore, pngs: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "fine.png").write_bytes(pngs[0])
+    (tmp_path / "round.png").symlink_to("round.png")
+    (tmp_path / "list.txt").write_text(f"fine.png\nround.png\n{'x' * 300}.png\n")
+    source = open_source(str(tmp_path / "list.txt"))
+    packed = pack_files(source.store, source.files[:], 0, Packing(), store.put)
+    assert packed.rows["source"].to_pylist() == ["fine.png"]
+    assert reasons(packed.rejections) == {"unreadable": 2}
+
+    def broken(self: Path) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_bytes", broken)
+    with pytest.raises(StorageError, match="Input/output error"):
+        pack_files(source.store, source.files[:], 0, Packing(), store.put)

@@ -115,3 +115,12 @@ def test_sources_are_told_apart(window: ShardWindow, store: Store) -> None:
     until(lambda: store.shards == ["a"])
     window.read(1, "a", 0, 1)
     assert store.images == ["a"]
+
+
+def test_a_shard_that_was_cut_fails_as_it_does_when_it_is_read_by_range(store: Store, window: ShardWindow) -> None:
+    window.expect(0, (0, "a"), shard_bytes=200, image_bytes=200)
+    until(lambda: store.shards == ["a"])
+    assert window.read(0, "a", 0, 100) == BODIES["a"]
+    assert store.images == []
+    window.read(0, "a", 50, 100)  # the shard ends at 100: the reader of ranges says so in its own words
+    assert store.images == ["a"]

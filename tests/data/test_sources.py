@@ -50,6 +50,7 @@ def test_links_and_odd_names_are_counted_and_never_followed_round(tmp_path: Path
     fill(tmp_path, "a.jpg")
     (tmp_path / "round.jpg").symlink_to(tmp_path)
     (tmp_path / "gone.jpg").symlink_to(tmp_path / "absent")
+    (tmp_path / "itself.jpg").symlink_to("itself.jpg")
     (tmp_path / "linked.jpg").symlink_to(tmp_path / "a.jpg")
     (tmp_path / "back\\slash.jpg").write_bytes(b"x")
     with open(os.fsencode(str(tmp_path)) + b"/\xff.jpg", "wb") as file:
@@ -57,7 +58,7 @@ def test_links_and_odd_names_are_counted_and_never_followed_round(tmp_path: Path
     os.mkfifo(tmp_path / "pipe.jpg")
     source = open_source(str(tmp_path))
     assert list(source.keys) == ["a.jpg", "linked.jpg"]
-    assert dict(source.passed_over) == {"links to folders or to nothing": 3, "with a name that is no key": 2}
+    assert dict(source.passed_over) == {"links to folders or to nothing": 4, "with a name that is no key": 2}
 
 
 def test_tars_and_parquet_files_are_found_by_what_lies_there(tmp_path: Path) -> None:
@@ -141,3 +142,50 @@ def test_a_list_says_the_same_in_every_form(tmp_path: Path) -> None:
     assert [(file.key, file.num_bytes, file.label) for file in source.files] == [
         ("a.jpg", 1, None), ("/dev/zero", -1, "dev"), ("sub/b.jpg", 1, "sub"),
     ]  # fmt: skip
+
+
+def test_a_list_may_hold_any_name_and_its_lines_are_those_of_the_file(tmp_path: Path) -> None:
+    fill(tmp_path, "a\u2028b.jpg", "c\x0cd.jpg", "e.jpg")
+    (tmp_path / "names.txt").write_bytes("a\u2028b.jpg\r\nc\x0cd.jpg\n~nobody-here/x.jpg\n".encode())
+    rows = [{"path": "e.jpg", "caption": "one\u2028two"}, {"path": "a\u2028b.jpg", "label": "\x85"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    names = open_source(str(tmp_path / "names.txt"))
+    assert list(names.keys) == ["a\u2028b.jpg", "c\x0cd.jpg"]
+    assert [(one.source, one.reason) for one in names.rejected] == [("names.txt#3", "bad_entry")]
+    assert [(file.key, file.label) for file in open_source(str(tmp_path / "rows.jsonl")).files] == [
+        ("e.jpg", None), ("a\u2028b.jpg", "\x85"),
+    ]  # fmt: skip
+
+
+def test_half_a_surrogate_pair_in_a_list_is_a_bad_entry(tmp_path: Path) -> None:
+    fill(tmp_path, "e.jpg")
+    (tmp_path / "rows.jsonl").write_text('{"path": "\\ud800.jpg"}\n{"path": "e.jpg", "label": "\\ud800"}\n')
+    source = open_source(str(tmp_path / "rows.jsonl"))
+    assert [(file.key, file.label) for file in source.files] == [("e.jpg", "?")]
+    assert [one.reason for one in source.rejected] == ["bad_entry"]
+    assert len(source.digest) == 64
+
+
+@pytest.mark.parametrize("uri", ["", "  ", "~nobody-here/photos", "~nobody-here/photos.csv"])
+def test_an_empty_source_is_not_this_folder_and_an_unknown_home_is_named(uri: str) -> None:
+    with pytest.raises(UsageError, match=r"empty|no such user"):
+        open_source(uri)
+
+
+def test_an_address_in_a_list_that_names_no_object_is_a_bad_entry_and_a_password_is_not_repeated(tmp_path: Path) -> None:
+    listed = tmp_path / "list.txt"
+    listed.write_text("s3://bucket/a.jpg\ns3:///x.jpg\ns3://bucket\ns3://bucket/../y.jpg\ns3://bucket/a//b.jpg\n")
+    source = open_source(str(listed))
+    assert list(source.keys) == ["s3://bucket/a.jpg"]
+    assert [one.reason for one in source.rejected] == ["bad_entry"] * 4
+    listed.write_text("s3://user:canary@bucket/a.jpg\n")
+    with pytest.raises(UsageError, match=r"entry 1 of the list list.txt holds a user") as refused:
+        open_source(str(listed))
+    assert "canary" not in str(refused.value)
+
+
+def test_a_slash_tells_a_folder_that_is_called_like_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    stores = []
+    monkeypatch.setattr("heliostat.data.sources._folder", stores.append)
+    open_source("s3://bucket/train.parquet/")
+    assert stores == ["s3://bucket/train.parquet/"]

@@ -86,6 +86,18 @@ def test_an_interrupt_is_a_failure_of_the_same_kind(context: Context) -> None:
     assert run(context, Counting(), size=1).record.counts == {"shards": 3}
 
 
+def test_the_later_of_two_runs_of_one_command_takes_the_result_of_the_first(context: Context, stream: io.StringIO) -> None:
+    def overtaken(draft: Draft, run_of_it: Run) -> Summary:
+        run(context, Counting(), size=1)
+        draft.files.read("_work/done-0")  # gone with the scratch of the artifact
+        raise AssertionError
+
+    made = run(context, overtaken, size=1)
+    assert made.record.counts == {"shards": 3}
+    assert "raw/numbers@1 was finished by another run meanwhile; its result is used" in stream.getvalue()
+    assert {entry.key for entry in made.files.list()} == {"0.bin", "1.bin", "2.bin", "artifact.json"}
+
+
 def test_an_unfinished_run_with_other_settings_is_discarded_aloud(context: Context, stream: io.StringIO) -> None:
     with pytest.raises(DataError):
         run(context, Counting(fail_at=1), size=1)

@@ -8,14 +8,15 @@ import posixpath
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from heliostat.data.parquet_index import LABEL_COLUMNS, find_columns
+from heliostat.data.parquet_index import LABEL_COLUMNS, find_columns, is_text_column
 from heliostat.data.quarantine import Rejection
+from heliostat.data.shard_image import storable_text
 from heliostat.data.windows import BytesFile, BytesOfObject
 from heliostat.errors import DataError, UsageError
 from heliostat.storage import LocalStore, Store, check_key
@@ -62,7 +63,7 @@ def read_list(store: Store, name: str, num_bytes: int) -> ListedFiles | None:
 
 def _of_text(text: str, suffix: str, name: str) -> Iterator[Entry]:
     if suffix == "txt":
-        yield from ((line.strip(), None) for line in text.splitlines() if line.strip() and not line.startswith("#"))
+        yield from ((line.strip(), None) for line in _lines(text) if line.strip() and not line.startswith("#"))
         return
     rows = _json_rows(text, name) if suffix == "jsonl" else _csv_rows(text, "\t" if suffix == "tsv" else ",", name)
     for number, row in enumerate(rows, start=1):
@@ -75,6 +76,11 @@ def _of_text(text: str, suffix: str, name: str) -> Iterator[Entry]:
         yield path.strip(), None if label is None or label == "" else str(label)
 
 
+def _lines(text: str) -> list[str]:
+    """Lines as files have them. `splitlines` would cut at U+2028 and its like too, which names and captions hold."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
 def _csv_rows(text: str, delimiter: str, name: str) -> Iterator[dict[str, Any]]:
     try:
         yield from csv.DictReader(io.StringIO(text), delimiter=delimiter)
@@ -83,7 +89,7 @@ def _csv_rows(text: str, delimiter: str, name: str) -> Iterator[dict[str, Any]]:
 
 
 def _json_rows(text: str, name: str) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(_lines(text), start=1):
         if not line.strip():
             continue
         try:
@@ -109,7 +115,7 @@ def _table(source: BytesOfObject) -> pa.Table | None:
 
 def _of_table(table: pa.Table, name: str) -> Iterator[Entry]:
     path = next((column for column in PATH_COLUMNS if column in table.column_names), None)
-    if path is None or not (pa.types.is_string(table[path].type) or pa.types.is_large_string(table[path].type)):
+    if path is None or not is_text_column(table[path].type):
         raise DataError(f"{name} holds neither bytes nor paths; a list needs one of the columns {', '.join(PATH_COLUMNS)}")
     label = next((column for column in LABEL_COLUMNS if column in table.column_names), None)
     labels = table[label].to_pylist() if label else [None] * table.num_rows
@@ -123,26 +129,27 @@ def _resolved(store: Store, name: str, entries: Iterable[Entry]) -> ListedFiles:
         key = _key(store, entry, f"entry {number} of the list {name}")
         if key is None or key in seen:
             reason = "bad_entry" if key is None else "duplicate_name"
-            found.rejected.append(Rejection(f"{name}#{number}", "", 0, 0, "", reason, entry))
+            found.rejected.append(Rejection(f"{name}#{number}", "", 0, 0, "", reason, storable_text(entry)))
             continue
         seen.add(key)
         found.keys.append(key)
         found.sizes.append(_local_size(store, key) if is_local and not key.startswith("s3://") else -1)
-        found.labels.append(label if label is not None else PurePosixPath(key).parent.name or None)
+        found.labels.append(storable_text(label) if label is not None else PurePosixPath(key).parent.name or None)
     return found
 
 
 def _key(store: Store, entry: str, where: str) -> str | None:
     """A key of the list's folder or a URI; None when it names nothing that may be read."""
-    if not entry or len(entry) > _MAX_ENTRY_CHARACTERS or "\0" in entry or "\\" in entry:
+    if not entry or len(entry) > _MAX_ENTRY_CHARACTERS or "\0" in entry or "\\" in entry or storable_text(entry) != entry:
         return None
     if "://" in entry:
         if not entry.startswith("s3://"):
             raise UsageError(f"{where} is {entry[:200]}; only paths and s3:// can be listed, fetch the others first")
-        return entry
+        return entry if _names_an_object(entry, where) else None
     is_local = isinstance(store, LocalStore)
     if entry.startswith(("/", "~")):
-        return os.path.normpath(Path(entry).expanduser()) if is_local else None  # a remote list has no say over this disk
+        path = os.path.expanduser(entry)  # leaves the home of an unknown user as it is
+        return os.path.normpath(path) if is_local and path.startswith("/") else None  # a remote list has no say over this disk
     plain = posixpath.normpath(entry)
     if plain.startswith(".."):
         return os.path.normpath(os.path.join(store.uri, plain)) if is_local else None
@@ -150,6 +157,16 @@ def _key(store: Store, entry: str, where: str) -> str | None:
         return check_key(plain)
     except UsageError:
         return None
+
+
+def _names_an_object(uri: str, where: str) -> bool:
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    if "@" in bucket or ":" in bucket:  # not repeated: it may be a secret
+        raise UsageError(f"{where} holds a user, a password or a port; write s3://bucket/key and use AWS_* variables")
+    try:
+        return bool(bucket and key) and check_key(key) == key
+    except UsageError:
+        return False
 
 
 def _local_size(store: Store, key: str) -> int:

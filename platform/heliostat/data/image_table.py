@@ -1,5 +1,6 @@
 """The images of one artifact as plain arrays: 44 bytes an image, shared between the processes of a node without copies."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,7 @@ from heliostat.errors import DataError
 
 _ID_BYTES = 32  # sha256
 _MAX_LENGTH = 2**31 - 1
+_DIGESTED_IDS = 65_536  # two data sets that agree in as many ids are the same one
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,12 @@ class ImageTable:
         """(S,) where the last image of each shard ends: about the size of the shard, in bytes."""
         ends: npt.NDArray[np.int64] = np.maximum.reduceat(self.offset + self.length, self.first[:-1])
         return ends
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over the number of images and evenly spaced ids, hex: all ids of up to 65,536 images, milliseconds for any."""
+        spaced = self.ids[:: -(-self.num_images // _DIGESTED_IDS) or 1]
+        return hashlib.sha256(f"{self.num_images} ".encode() + spaced.tobytes()).hexdigest()
 
     def shard_of(self, images: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The shard numbers of images."""

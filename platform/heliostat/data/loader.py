@@ -5,6 +5,7 @@ any world size together see the same batches. Threads read, decode and augment; 
 interpreter lock while they work. A batch that nobody takes stops them: at most `prefetch_batches` wait.
 """
 
+import hashlib
 import threading
 import time
 from collections import Counter, deque
@@ -101,7 +102,8 @@ class ImageLoader:
         self._seed, self._rank = seed, rank
         self._global_batch_size, self._batch_size = global_batch_size, global_batch_size // world_size
         self._counts = _Counts()
-        self._position = Position(self._order.digest, global_batch_size)
+        digests = (self._order.digest, *(source.table.digest for source in self._sources))
+        self._position = Position(hashlib.sha256(" ".join(digests).encode()).hexdigest(), global_batch_size)
         self._pinned = torch.cuda.is_available() if pinned is None else pinned
 
     @property

@@ -4,6 +4,7 @@ Original bytes are kept; nothing is judged here but whether the bytes are there 
 whose header cannot be read is packed all the same, with width 0 in its row and the reason in the quarantine.
 """
 
+import errno
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -28,8 +29,11 @@ from heliostat.data.shards import lay_tar
 from heliostat.data.sources import Source, SourceFile
 from heliostat.data.tar_index import Account, TarIndex
 from heliostat.data.windows import BytesOfObject
-from heliostat.errors import ObjectNotFoundError
+from heliostat.errors import ObjectNotFoundError, StorageError
 from heliostat.storage import Store
+
+# What a file system says about one file. Anything else (a failing disk, a server that is gone) is about all and ends the run.
+_REFUSALS = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
 
 Put = Callable[[str, bytes], None]
 
@@ -87,10 +91,22 @@ def pack_files(source: Store, files: Sequence[SourceFile], index: int, packing: 
 
 
 def _read_file(read: ShardReader, file: SourceFile) -> ShardImage | Rejection:
-    name = storable_text(file.key)
-    size = read.size(file.key) if file.num_bytes < 0 else file.num_bytes
-    if size is None:
-        return Rejection(name, "", 0, 0, "", "missing", "there is no such file")
+    name, size = storable_text(file.key), file.num_bytes
+    try:
+        if size < 0:
+            found = read.size(file.key)
+            if found is None:
+                return Rejection(name, "", 0, 0, "", "missing", "there is no such file")
+            size = found
+        return _read_whole(read, file, name, size)
+    except StorageError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and cause.errno in _REFUSALS:
+            return Rejection(name, "", 0, max(0, size), "", "unreadable", str(cause.strerror))
+        raise
+
+
+def _read_whole(read: ShardReader, file: SourceFile, name: str, size: int) -> ShardImage | Rejection:
     if size > MAX_IMAGE_BYTES:
         return Rejection(name, "", 0, size, "", "too_large", f"{size} bytes, the limit is {MAX_IMAGE_BYTES}")
     try:

@@ -62,11 +62,11 @@ def find_columns(schema: pa.Schema) -> Columns | None:
             inner = {field.type.field(index).name: field.type.field(index).type for index in range(field.type.num_fields)}
             if "bytes" in inner and _is_binary(inner["bytes"]):
                 candidates[field.name] = f"{field.name}.bytes"
-                paths[field.name] = f"{field.name}.path" if "path" in inner and pa.types.is_string(inner["path"]) else ""
+                paths[field.name] = f"{field.name}.path" if "path" in inner and is_text_column(inner["path"]) else ""
     name = next((name for name in BYTES_COLUMNS if name in candidates), next(iter(candidates), ""))
     if not name:
         return None
-    plain = {field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_integer(field.type)}
+    plain = {field.name for field in schema if _is_plain(field.type)}
     path = paths.get(name, "") or next((column for column in ("source", "path", "url", "file_name") if column in plain), "")
     label, caption = (next((column for column in names if column in plain), "") for names in (LABEL_COLUMNS, CAPTION_COLUMNS))
     return Columns(candidates[name], path, label, caption)
@@ -75,7 +75,22 @@ def find_columns(schema: pa.Schema) -> Columns | None:
 def _is_binary(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         return _is_binary(kind.value_type)
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
+
+
+def is_text_column(kind: pa.DataType) -> bool:
+    """Text in any of Arrow's layouts: Polars writes large strings, pandas writes categories as dictionaries."""
+    if pa.types.is_dictionary(kind):
+        return is_text_column(kind.value_type)
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _is_plain(kind: pa.DataType) -> bool:
+    """What a label may be. pandas makes integers with gaps floats, and categories of numbers dictionaries."""
+    if pa.types.is_dictionary(kind):
+        return _is_plain(kind.value_type)
+    numbers = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)
+    return is_text_column(kind) or any(is_number(kind) for is_number in numbers)
 
 
 class ParquetIndex:
@@ -122,6 +137,10 @@ class ParquetIndex:
         )
         if file.metadata.num_columns > _MAX_COLUMNS:
             raise DataError(f"{file.metadata.num_columns} columns, the limit is {_MAX_COLUMNS}")
+        names = file.schema_arrow.names
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise DataError(f"two columns are called {twice[:100]!r}; rename one")
         columns = find_columns(file.schema_arrow)
         if columns is None:
             raise DataError(f"no column holds bytes; the columns are {', '.join(file.schema_arrow.names)[:200]}")
@@ -184,8 +203,8 @@ class ParquetIndex:
 
     def _reject(self, row: int, num_rows: int, reason: str, detail: str) -> Rejection:
         """Turn rows away. offset and length count rows here, for the bytes of a column lie in pages."""
-        self.account.num_in += 1
-        self.account.num_rejected += 1
+        self.account.num_in += num_rows
+        self.account.num_rejected += num_rows
         return Rejection(f"{self._shard}#{row}", self._shard, row, num_rows, "", reason, storable_text(detail))
 
 
@@ -210,7 +229,10 @@ def _text(value: Any) -> str | None:
     if not value.is_valid:
         return None
     try:
-        return str(value.as_py())[:_MAX_TEXT_CHARACTERS]
+        text = value.as_py()
+        if isinstance(text, float) and text.is_integer():
+            text = int(text)  # a label 3 beside a missing one is 3.0 in pandas
+        return str(text)[:_MAX_TEXT_CHARACTERS]
     except UnicodeDecodeError:
         raw: bytes = value.as_buffer().to_pybytes()[:_MAX_TEXT_CHARACTERS]
         return raw.decode("utf-8", "replace")

@@ -65,7 +65,8 @@ class ShardWindow:
             fetch = expected.fetch if expected is not None else None
         if fetch is None:
             return self.read_image(source, shard, offset, length)
-        return fetch.result()[offset : offset + length]
+        found = fetch.result()[offset : offset + length]
+        return found if len(found) == length else self.read_image(source, shard, offset, length)  # a cut shard: the same error
 
     def start(self) -> None:
         """Begin to fetch."""
@@ -87,9 +88,19 @@ class ShardWindow:
         while (wanted := self._wait_for_wanted()) is not None:
             key, fetch = wanted
             try:
-                fetch.set_result(self.read_shard(*key))
+                data = self.read_shard(*key)
+                self._correct_size(key, fetch, len(data))
+                fetch.set_result(data)
             except BaseException as error:  # noqa: BLE001  whoever needs an image of the shard gets the error
                 fetch.set_exception(error)
+
+    def _correct_size(self, key: ShardKey, fetch: "Future[bytes]", num_bytes: int) -> None:
+        """Count what a shard really takes: one of others may hold much besides its images."""
+        with self._changed:
+            shard = self._shards.get(key)
+            if shard is not None and shard.fetch is fetch:
+                self._held_bytes += num_bytes - shard.num_bytes
+                shard.num_bytes = num_bytes
 
     def _wait_for_wanted(self) -> tuple[ShardKey, Future[bytes]] | None:
         """Claim the next shard to fetch; None when the window is closed."""

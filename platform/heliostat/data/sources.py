@@ -3,6 +3,7 @@
 Nothing is opened here but lists; names and sizes are enough to plan the work. What is not taken is counted by its suffix.
 """
 
+import errno
 import fnmatch
 import hashlib
 import os
@@ -108,11 +109,14 @@ def open_source(uri: str) -> Source:
 
     Raises DataError when there is nothing, UsageError when it is not clear what is meant.
     """
+    if not uri.strip():
+        raise UsageError("the source is empty; give a folder, an s3:// prefix, a list, tars or Parquet files")
     head, _, name = uri.rstrip("/").rpartition("/")
     suffix = name.lower().rpartition(".")[2] if "." in name else ""
-    is_folder = "://" not in uri and Path(uri).expanduser().is_dir()
+    is_folder = "://" not in uri and os.path.isdir(os.path.expanduser(uri))
     if any(sign in name for sign in "*?{") and not is_folder:
         return _matching(uri, head or "/" * uri.startswith("/") or ".", name)
+    is_folder |= uri.endswith("/")  # Spark calls folders train.parquet; in a bucket only the slash tells
     if not is_folder and suffix in ("tar", "parquet", *LIST_SUFFIXES, "gz", "tgz", "zip", "bz2", "zst"):
         return _one_file(uri, head or "/" * uri.startswith("/") or ".", name, suffix)
     return _folder(uri)
@@ -194,12 +198,12 @@ def _walk_folder(root: str, listing: _Listing) -> None:
                 kind = _KIND_OF_SUFFIX.get(name.lower().rpartition(".")[2])
                 if kind is None:
                     listing.pass_over(name)
-                elif not entry.is_file():
+                elif (num_bytes := _file_size(entry)) is None:
                     listing.passed_over["links to folders or to nothing"] += 1
                 elif "\\" in name or not _is_text(name):
                     listing.passed_over["with a name that is no key"] += 1
                 else:
-                    listing.found[kind].append((prefix + name, entry.stat().st_size))
+                    listing.found[kind].append((prefix + name, num_bytes))
 
 
 def _scan(folder: str) -> "os._ScandirIterator[str]":
@@ -207,6 +211,16 @@ def _scan(folder: str) -> "os._ScandirIterator[str]":
         return os.scandir(folder)
     except OSError as error:
         raise DataError(f"cannot list {folder}: {error.strerror}") from error
+
+
+def _file_size(entry: "os.DirEntry[str]") -> int | None:
+    """Size in bytes; None for what is no file (any more), such as a link to itself."""
+    try:
+        return entry.stat().st_size if entry.is_file() else None
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG):
+            return None
+        raise DataError(f"cannot look at {entry.path}: {error.strerror}") from error
 
 
 def _is_text(name: str) -> bool:
@@ -251,7 +265,7 @@ def _one_file(uri: str, folder: str, name: str, suffix: str) -> Source:
         raise UsageError(f"{uri} is compressed; images do not compress, unpack it once and give the folder or the plain tar")
     num_bytes = store.size(name)
     if num_bytes is None:
-        raise DataError(f"no file at {uri}")
+        raise DataError(f"no file at {uri}; give a folder of that name with a slash behind it")
     if suffix == "tar":
         return Source(store, "tars", [name], [num_bytes])
     entries = read_list(store, name, num_bytes)

@@ -12,7 +12,7 @@ from typing import Any
 
 from heliostat import __version__
 from heliostat.artifacts import Artifact, ArtifactRef, ArtifactStore, Draft
-from heliostat.errors import ArtifactNotFoundError, UsageError
+from heliostat.errors import ArtifactNotFoundError, HeliostatError, UsageError
 from heliostat.runtime.progress import Progress
 from heliostat.runtime.recipe import Recipe
 from heliostat.runtime.session import describe_session, open_session
@@ -148,7 +148,14 @@ def make_together(
     with contextlib.ExitStack() as stack:
         runs = {name: stack.enter_context(_run(context, draft, stage)) for name, draft in drafts.items()}
         waiting = {name: (draft, runs[name]) for name, draft in drafts.items() if "summary" not in draft.state}
-        for name, summary in (work(waiting) if waiting else {}).items():
+        try:
+            summaries = work(waiting) if waiting else {}
+        except HeliostatError:
+            rivals = _made_meanwhile(context, drafts)
+            if rivals is None:
+                raise
+            return {name: artifact if isinstance(artifact, Artifact) else rivals[name] for name, artifact in found.items()}
+        for name, summary in summaries.items():
             drafts[name].remember(summary={"counts": dict(summary.counts), "metrics": dict(summary.metrics)})
         for name, draft in drafts.items():
             made[name] = _commit(draft)
@@ -156,6 +163,17 @@ def make_together(
             which = f"{draft.ref} " if len(plans) > 1 else ""
             context.progress.say(f"          {which}done in {time.monotonic() - started:.0f} s: {counts}")
     return {name: artifact if isinstance(artifact, Artifact) else made[name] for name, artifact in found.items()}
+
+
+def _made_meanwhile(context: Context, drafts: Mapping[str, Draft]) -> dict[str, Artifact] | None:
+    """What another run of the same command finished while this one worked on it: its scratch is gone, and so is ours."""
+    rivals = {name: context.artifacts.find(draft.ref) for name, draft in drafts.items()}
+    made = {name: one for name, one in rivals.items() if one is not None and one.record.fingerprint == drafts[name].fingerprint}
+    if len(made) < len(drafts):
+        return None
+    for one in made.values():
+        context.progress.say(f"          {one.ref} was finished by another run meanwhile; its result is used")
+    return made
 
 
 def _begin(context: Context, plan: Plan, stage: str) -> Artifact | Draft:

@@ -110,15 +110,17 @@ def _assemble(progress: Progress, draft: Draft, source: Source, num_tasks: int) 
         total += Account(**json.loads(draft.files.read(_work_key("account", index, "json"))))
     num_unreadable = manifest.num_rows - int(pc.sum(pc.greater(manifest["width"], 0)).as_py() or 0)
     total.check(str(draft.ref))
-    Account(total.num_images + total.num_rejected + num_unreadable, manifest.num_rows, 0, len(rejections)).check(str(draft.ref))
+    num_quarantined = total.num_rejected + num_unreadable
+    if source.kind != "parquet":  # there one entry stands for all rows of a damaged group
+        Account(manifest.num_rows + num_quarantined, manifest.num_rows, 0, len(rejections)).check(str(draft.ref))
     _say(progress, source, total, num_unreadable, rejections)
-    if not manifest.num_rows:
+    if manifest.num_rows == num_unreadable:
         first = min(rejections).detail if rejections else "it is empty"
         raise DataError(f"{source.store.uri} holds no image that can be packed: {first}")
     draft.put(MANIFEST, manifest_to_bytes(manifest))
     draft.put(QUARANTINE, quarantine_to_bytes(rejections))
     shards = pc.count_distinct(manifest["shard"]).as_py()
-    quarantined = {"quarantined": len(rejections)} if rejections else {}
+    quarantined = {"quarantined": num_quarantined} if num_quarantined else {}
     return Summary({"images": manifest.num_rows, "shards": shards, **quarantined})
 
 
@@ -126,7 +128,7 @@ def _say(progress: Progress, source: Source, total: Account, num_unreadable: int
     what = {"images": "files", "tars": "members", "parquet": "rows"}[source.kind]
     parts = [f"{total.num_images - num_unreadable:,} images"]
     parts += [f"{total.num_sidecars:,} sidecars"] if total.num_sidecars else []
-    parts += [f"{len(rejections):,} quarantined"]
+    parts += [f"{total.num_rejected + num_unreadable:,} quarantined"]
     why = ", ".join(f"{count:,} {reason}" for reason, count in reasons(rejections).items())
     progress.say(f"          {total.num_in:,} {what} in = {' + '.join(parts)}{f' ({why})' if why else ''}")
     if passed_over := source.describe_passed_over():

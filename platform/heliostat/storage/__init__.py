@@ -38,7 +38,10 @@ def open_store(uri: str) -> Store:
     """A store from a path or an `s3://bucket/prefix` URI. Raises UsageError for any other scheme."""
     scheme, separator, rest = uri.partition("://")
     if not separator:
-        return LocalStore(Path(uri).expanduser())
+        try:
+            return LocalStore(Path(uri).expanduser())
+        except RuntimeError as error:
+            raise UsageError(f"{uri}: there is no such user here, or no home folder; write the whole path") from error
     if scheme == "s3":
         bucket, _, prefix = rest.partition("/")
         if not bucket:
