@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+from tars import Tars
 from tiny_training import SETTINGS, SHARD, final_files, job, settings, shard
 from tiny_training import train as train_here
 
@@ -144,18 +145,15 @@ def test_a_killed_worker_is_replaced_and_the_weights_are_those_of_an_untouched_r
     assert signal.getsignal(signal.SIGINT) == handler
 
 
-@dataclass(frozen=True)
-class BrokenForOneRank:
+class BrokenForOneRank(Tars):
     """Reads a shard, except on the second rank, whose disk is gone."""
 
-    tar: bytes
-
-    def __call__(self, key: str, offset: int, num_bytes: int) -> bytes:
+    def __call__(self, shard: str, offset: int, length: int) -> bytes:
         import ray.train
 
         if ray.train.get_context().get_world_rank() == 1:
             raise StorageError("the disk of the second rank is gone")
-        return self.tar[offset : offset + num_bytes]
+        return super().__call__(shard, offset, length)
 
 
 def test_an_error_of_one_rank_ends_the_run_although_the_others_wait_for_it(tmp_path: Path) -> None:
@@ -163,7 +161,7 @@ def test_an_error_of_one_rank_ends_the_run_although_the_others_wait_for_it(tmp_p
     work = job(tmp_path, settings(*LONG, "scaling.max_failures=0"), tar)
     started = time.monotonic()
     with pytest.raises(TrainingError, match=r"worker 1 failed: .*the disk of the second rank is gone; see --debug"):
-        fit(replace(work, read=BrokenForOneRank(tar)))
+        fit(replace(work, sources=(replace(work.sources[0], reader=BrokenForOneRank({SHARD: tar})),)))
     assert time.monotonic() - started < 120  # collective_timeout_seconds is 600
 
 
