@@ -127,3 +127,13 @@ def test_paths_inside_a_struct_come_in_as_large_strings_too() -> None:
     kind = pa.struct([("bytes", pa.large_binary()), ("path", pa.large_string())])
     images, _ = _parquet(pa.table({"image": pa.array([{"bytes": PNG, "path": "a/1.png"}], kind)}))
     assert images[0].metadata == {"path": "a/1.png"}
+
+
+def test_all_rows_of_a_damaged_group_are_counted() -> None:
+    data = bytearray(_bytes_of(IMAGES, compression="none", row_group_size=4, use_dictionary=False))
+    data[4:40] = bytes(36)  # the header of the first page
+    index = ParquetIndex(BytesInMemory(bytes(data)), "hurt.parquet")
+    found = list(index.accept())
+    rejections = [one for one in found if isinstance(one, Rejection)]
+    assert [(one.reason, one.offset, one.length) for one in rejections] == [("damaged_parquet", 0, 4)]
+    assert (index.account.num_in, index.account.num_images, index.account.num_rejected) == (8, 4, 4)
