@@ -6,12 +6,11 @@ interpreter lock while they work. A batch that nobody takes stops them: at most 
 """
 
 import hashlib
-import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from heliostat.data.batch import Batch
 from heliostat.data.batch_arrays import BatchArrays, new_arrays
 from heliostat.data.config import CropsConfig, DecodeConfig, LoaderConfig, ShuffleConfig
 from heliostat.data.image_source import ImageSource, PixelReader, ReadBytes
+from heliostat.data.loader_counts import LoaderCounts, LoaderStatistics
 from heliostat.data.masking import MaskSettings, batch_masks
 from heliostat.data.order import GlobalOrder, Places
 from heliostat.data.position import Position
@@ -28,26 +28,6 @@ from heliostat.data.quarantine import Rejection
 from heliostat.data.raw_batch import RawBatch
 from heliostat.data.shard_window import ShardWindow
 from heliostat.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class LoaderStatistics:
-    """Counts since the loader was made. data_wait_seconds: how long `batches` kept its caller waiting; bytes: fetched."""
-
-    data_wait_seconds: float
-    images: int
-    bytes: int
-    decode_failures: dict[str, int]
-
-
-@dataclass
-class _Counts:
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    data_wait_seconds: float = 0.0
-    images: int = 0
-    bytes: int = 0
-    decode_failures: Counter[str] = field(default_factory=Counter)
-    rejections: list[Rejection] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -101,7 +81,7 @@ class ImageLoader:
         self._masks, self._grid_hw = masks, masks.grid(crops.global_crops_size)
         self._seed, self._rank = seed, rank
         self._global_batch_size, self._batch_size = global_batch_size, global_batch_size // world_size
-        self._counts = _Counts()
+        self._counts = LoaderCounts()
         digests = (self._order.digest, *(source.table.digest for source in self._sources))
         self._position = Position(hashlib.sha256(" ".join(digests).encode()).hexdigest(), global_batch_size)
         self._pinned = torch.cuda.is_available() if pinned is None else pinned
@@ -121,16 +101,11 @@ class ImageLoader:
 
     def statistics(self) -> LoaderStatistics:
         """What was done so far; callable at any time from any thread."""
-        with self._counts.lock:
-            counts = self._counts
-            failures = dict(sorted(counts.decode_failures.items()))
-            return LoaderStatistics(counts.data_wait_seconds, counts.images, counts.bytes, failures)
+        return self._counts.statistics()
 
     def take_rejections(self) -> list[Rejection]:
         """What was turned away in the batches that were handed out since the last call."""
-        with self._counts.lock:
-            taken, self._counts.rejections = self._counts.rejections, []
-        return taken
+        return self._counts.take_rejections()
 
     def batch(self, step: int) -> Batch | RawBatch:
         """Compute the batch of one step in the caller's thread."""
@@ -149,8 +124,7 @@ class ImageLoader:
             while True:
                 began = time.perf_counter()
                 batch = next(batches, None)
-                with self._counts.lock:
-                    self._counts.data_wait_seconds += time.perf_counter() - began
+                self._counts.add(data_wait_seconds=time.perf_counter() - began)
                 if batch is None:
                     return
                 yield batch
@@ -187,9 +161,7 @@ class ImageLoader:
         return self._handed_out(arrays, step)
 
     def _handed_out(self, arrays: BatchArrays, step: int) -> Batch | RawBatch:
-        with self._counts.lock:
-            self._counts.rejections += arrays.rejections
-            self._counts.decode_failures.update(rejection.reason for rejection in arrays.rejections)
+        self._counts.add(rejections=arrays.rejections)
         self._position.next_step = step + 1
         return arrays.batch()
 
@@ -208,14 +180,12 @@ class ImageLoader:
 
     def _read_image(self, source: int, shard: str, offset: int, length: int) -> bytes:
         data = self._sources[source].reader(shard, offset, length)
-        with self._counts.lock:
-            self._counts.bytes += len(data)
+        self._counts.add(num_bytes=len(data))
         return data
 
     def _read_shard(self, source: int, shard: str) -> bytes:
         data = self._sources[source].reader.whole(shard)
-        with self._counts.lock:
-            self._counts.bytes += len(data)
+        self._counts.add(num_bytes=len(data))
         return data
 
     def _plans(self, steps: range, window: ShardWindow | None) -> Generator[_Plan, None, None]:
@@ -258,5 +228,4 @@ class ImageLoader:
         key = (self._seed, epoch, self._order.image_number(source, image))
         arrays.take(slot, found.pixels, key, self._sources[source].table.id(found.image))
         arrays.rejections.extend(found.rejections)
-        with self._counts.lock:
-            self._counts.images += 1
+        self._counts.add(images=1)

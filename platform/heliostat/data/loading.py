@@ -7,7 +7,8 @@ from typing import Any, Protocol
 from heliostat.data.batch import Batch
 from heliostat.data.config import CropsConfig, DecodeConfig, LoaderConfig, ShuffleConfig
 from heliostat.data.image_source import ImageSource
-from heliostat.data.loader import ImageLoader, LoaderStatistics
+from heliostat.data.loader import ImageLoader
+from heliostat.data.loader_counts import LoaderStatistics
 from heliostat.data.masking import MaskSettings
 from heliostat.data.quarantine import Rejection
 from heliostat.data.raw_batch import RawBatch

@@ -12,7 +12,7 @@ the step that it needs. What was measured: docs/decisions/0011-ray-data-ingest.m
 import logging
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -28,7 +28,7 @@ from ray.data.datasource import Datasource, ReadTask
 
 from heliostat.data.batch import Batch
 from heliostat.data.batch_arrays import CropArrays, new_crop_arrays
-from heliostat.data.loader import LoaderStatistics
+from heliostat.data.loader_counts import LoaderCounts, LoaderStatistics
 from heliostat.data.loading import Loading
 from heliostat.data.position import Position
 from heliostat.data.quarantine import Rejection
@@ -180,16 +180,6 @@ def _context(waiting_bytes: int) -> Any:
     return context
 
 
-@dataclass
-class _Counts:
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    data_wait_seconds: float = 0.0
-    images: int = 0
-    bytes: int = 0
-    decode_failures: Counter[str] = field(default_factory=Counter)
-    rejections: list[Rejection] = field(default_factory=list)
-
-
 class RayLoader:
     """Batches of one rank from its data workers; interchangeable with `ImageLoader` at any step."""
 
@@ -216,7 +206,7 @@ class RayLoader:
         self._rank, self._world_size = rank, world_size
         self._notify, self._start_timeout_seconds = notify, start_timeout_seconds
         self._batch_size = loading.global_batch_size // world_size
-        self._counts = _Counts()
+        self._counts = LoaderCounts()
 
     def state_dict(self) -> dict[str, Any]:
         """As of `ImageLoader`."""
@@ -228,16 +218,11 @@ class RayLoader:
 
     def statistics(self) -> LoaderStatistics:
         """What arrived so far; callable at any time from any thread."""
-        with self._counts.lock:
-            counts = self._counts
-            failures = dict(sorted(counts.decode_failures.items()))
-            return LoaderStatistics(counts.data_wait_seconds, counts.images, counts.bytes, failures)
+        return self._counts.statistics()
 
     def take_rejections(self) -> list[Rejection]:
         """What was turned away in the batches that were handed out since the last call."""
-        with self._counts.lock:
-            taken, self._counts.rejections = self._counts.rejections, []
-        return taken
+        return self._counts.take_rejections()
 
     def batches(self, num_steps: int) -> Generator[Batch, None, None]:
         """Yield the next `num_steps` batches; closing the iterator ends the data workers.
@@ -294,15 +279,11 @@ class RayLoader:
                 "scaling.start_timeout_seconds"
             ) from error
         finally:
-            with self._counts.lock:
-                self._counts.data_wait_seconds += time.perf_counter() - began
+            self._counts.add(data_wait_seconds=time.perf_counter() - began)
 
     def _handed_out(self, step: int, arrays: CropArrays, slices: list[Slice]) -> Batch:
-        with self._counts.lock:
-            self._counts.images += self._batch_size
-            for one in slices:
-                self._counts.bytes += one.num_bytes
-                self._counts.rejections += one.rejections
-                self._counts.decode_failures.update(rejection.reason for rejection in one.rejections)
+        self._counts.add(images=self._batch_size)
+        for one in slices:
+            self._counts.add(num_bytes=one.num_bytes, rejections=one.rejections)
         self._position.next_step = step + 1
         return arrays.batch()
