@@ -274,9 +274,3 @@ def _one_file(uri: str, folder: str, name: str, suffix: str) -> Source:
     if not entries.keys:
         raise DataError(f"{uri} lists no file that could be read; give one path or URI a line")
     return Source(store, "images", entries.keys, entries.sizes, labels=entries.labels, rejected=entries.rejected)
-
-
-def list_images(folder: Path) -> list[Path]:
-    """Every image file below a folder by its suffix, sorted. DataError when the folder is missing or holds none."""
-    source = _folder(str(folder))
-    return [Path(source.store.uri) / key for key in source.keys] if source.kind == "images" else []
