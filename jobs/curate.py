@@ -1,4 +1,4 @@
-"""Decode, deduplicate, retrieve and balance: curated/<name>@<version>.
+"""Retrieve, balance and pack: curated/<name>@<version>.
 
 As a Ray job: `python jobs/curate.py RECIPE [key=value ...]`; see jobs/README.md.
 """

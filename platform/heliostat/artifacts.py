@@ -32,7 +32,7 @@ from heliostat.storage import Store
 RECORD = "artifact.json"
 DRAFT = "draft.json"
 WORK = "_work/"
-KINDS = ("raw", "curated", "model", "report", "release", "sweep")
+KINDS = ("raw", "features", "copies", "curated", "model", "report", "release", "sweep")
 _REF = re.compile(r"^(?P<kind>[a-z]+)/(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)@(?P<version>[A-Za-z0-9][A-Za-z0-9._-]*)$")
 
 

@@ -17,8 +17,11 @@ from heliostat import __version__
 from heliostat.errors import HeliostatError, UsageError
 
 STAGE_VERBS = {
+    "crawl": "pages, WARC files or lists of URLs, politely: raw/<name>@<version>",
     "ingest": "pack image files into shards: raw/<name>@<version>",
-    "curate": "decode, deduplicate, retrieve and balance: curated/<name>@<version>",
+    "embed": "hashes, detectors and embeddings, each image decoded once: features/<name>@<version>",
+    "dedup": "copies, their components, evaluation images: copies/<name>@<version>",
+    "curate": "retrieve, balance, blur faces, pack: curated/<name>@<version>, with ledger, sheets and report",
     "pretrain": "train a backbone without labels: model/<name>@<version>; `data=./photos` needs no recipe",
     "sweep": "try settings side by side: sweep/<name>@<version>",
     "distill": "train a smaller student of the model: model/<name>-student@<version>",
@@ -31,7 +34,9 @@ OTHER_VERBS = {
     "shard": "pack or index images without a recipe: heliostat shard SOURCE name=photos makes raw/photos@1",
     "lineage": "print what an artifact was made from: heliostat lineage KIND/NAME@VERSION",
     "artifacts": "list the complete artifacts of a store",
-    "why": "tell the story of one image: heliostat why CURATED-ARTIFACT ID-OR-SOURCE",
+    "why": "tell the story of one image: heliostat why [CURATED-ARTIFACT] ID-OR-URL",
+    "what-if": "the funnel at other thresholds, from what is stored: heliostat what-if [CURATED-ARTIFACT] dup_threshold=0.7",
+    "forget": "remove an image everywhere, and remember not to take it again: heliostat forget ID-OR-URL-OR-DOMAIN",
     "recipes": "list the shipped recipes",
 }
 
@@ -109,9 +114,13 @@ def dispatch(request: Request) -> None:
     elif request.verb == "artifacts":
         verbs.print_artifacts(request.overrides)
     elif request.verb == "why":
-        if len(request.words) != 2:
-            raise UsageError("heliostat why takes a curated artifact and an image id or source; see heliostat --help")
-        verbs.print_why(request.words[0], request.words[1], request.overrides)
+        if not 1 <= len(request.words) <= 2:
+            raise UsageError("heliostat why takes an image id or source, and a curated artifact before it; see heliostat --help")
+        verbs.print_why(*(request.words if len(request.words) == 2 else ("", request.words[0])), request.overrides)
+    elif request.verb == "what-if":
+        verbs.print_what_if(_one_word(request, "curated artifact", "-").removeprefix("-"), request.overrides)
+    elif request.verb == "forget":
+        verbs.forget(_one_word(request, "image id, URL or domain"), request.overrides, dry_run=request.dry_run)
     elif request.verb == "shard":
         source = _one_word(request, "folder, list, tar or Parquet file")
         verbs.shard(source, request.overrides, dry_run=request.dry_run)

@@ -3,8 +3,18 @@
 import numpy as np
 import pytest
 
-from heliostat.curation.index import kmeans, neighbors
+from heliostat.curation.index import (
+    add_to_inverted_file,
+    inverted_factory,
+    kmeans,
+    load_index,
+    neighbors,
+    save_index,
+    search_inverted_file,
+    train_inverted_file,
+)
 from heliostat.errors import DataError
+from heliostat.storage import LocalStore
 
 
 def unit(rows: int, width: int, seed: int, *, centres: int = 0) -> np.ndarray:
@@ -83,3 +93,40 @@ def test_more_clusters_than_images_is_an_error_that_says_so():
     centroids, assignment = kmeans(unit(5, 8, 0), 5, iterations=5, seed=0)
     assert len(centroids) == 5
     assert sorted(assignment) == [0, 1, 2, 3, 4]
+
+
+def test_the_inverted_file_has_hnsw_lists_on_the_cpu_and_flat_ones_on_a_gpu_with_a_code_that_divides_the_width():
+    assert inverted_factory(512, 1_000_000, 500_000, on_gpu=False) == "IVF8000_HNSW32,PQ64np"
+    assert inverted_factory(384, 1_000_000, 500_000, on_gpu=True) == "IVF8000,PQ96np"
+    assert inverted_factory(7, 100, 100, on_gpu=False) == "IVF2_HNSW32,Flat"
+    assert inverted_factory(7, 100_000, 20_000, on_gpu=False) == "IVF512_HNSW32,PQ1np"
+
+
+def test_an_index_is_saved_and_searched_again_with_the_same_result(tmp_path):
+    store, database = LocalStore(tmp_path), unit(2_000, 16, 2, centres=20)
+    index = train_inverted_file(database, len(database), seed=0)
+    rows = np.arange(2_000) * 3 + 1
+    add_to_inverted_file(index, database, rows)
+    found = search_inverted_file(index, database[:50], 5, num_probes=16)
+    assert (found[:, 0] == rows[:50]).all()
+    save_index(index, store, "index")
+    again = load_index(store, "index", 16)
+    np.testing.assert_array_equal(search_inverted_file(again, database[:50], 5, num_probes=16), found)
+
+
+def test_an_index_file_of_another_dimension_a_torn_one_and_another_file_are_refused(tmp_path):
+    store, database = LocalStore(tmp_path), unit(500, 16, 2)
+    index = train_inverted_file(database, 500, seed=0)
+    add_to_inverted_file(index, database, np.arange(500))
+    save_index(index, store, "index")
+    with pytest.raises(DataError, match=r"index is for vectors of width 16, these have 32; build it again"):
+        load_index(store, "index", 32)
+    whole = store.read("index")
+    for name, data in {"torn": whole[:-100], "flipped": whole[:-1] + bytes([whole[-1] ^ 1])}.items():
+        store.put(name, data)
+        with pytest.raises(DataError, match=rf"{name} is damaged.*remove it"):
+            load_index(store, name, 16)
+    for name, data in {"empty": b"", "text": b"hello\nworld", "number": b"5\nworld", "binary": bytes(range(256))}.items():
+        store.put(name, data)
+        with pytest.raises(DataError, match=f"{name} is not an index of ours"):
+            load_index(store, name, 16)

@@ -1,32 +1,27 @@
-"""The demo's photographs are all there, its crops never leave their region, and its pool says what was planted."""
+"""The demo's photographs are all there, and its crops never leave their region."""
 
 import importlib.util
-import json
 import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from heliostat.data.config import DecodeConfig, PhotographPoolConfig
-from heliostat.data.decode import ImageRejected, decode
+from heliostat.data.config import DecodeConfig
+from heliostat.data.decode import decode
 from heliostat.data.photographs import (
     PHOTOGRAPH_NAMES,
     REGIONS,
-    VIDEO_NAMES,
     Region,
     crops,
     photograph,
     photographs,
     video_frames,
     write_crops,
-    write_pool,
     write_whole,
 )
 from heliostat.data.sources import open_source
 from heliostat.errors import DataError
-
-SMALL_POOL = PhotographPoolConfig(seed=3, crops_per_photograph=12, num_video_frames=12, num_broken_files=20)
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -110,64 +105,3 @@ def test_crops_and_whole_photographs_are_written_losslessly(tmp_path: Path) -> N
     write_whole(tmp_path / "whole")
     assert [path.name for path in list_images(tmp_path / "whole")] == [f"{name}.png" for name in PHOTOGRAPH_NAMES]
     assert (decode((tmp_path / "whole" / "retina.png").read_bytes(), DecodeConfig()) == photograph("retina")).all()
-
-
-@pytest.fixture(scope="module")
-def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pool") / "raw"
-    write_pool(folder, SMALL_POOL)
-    return folder
-
-
-def test_the_pool_holds_what_its_truth_says(pool: Path) -> None:
-    truth = json.loads((pool / "truth.json").read_text())
-    files = {str(path.relative_to(pool)) for path in list_images(pool)}
-    crop_files = {file for file in files if file.startswith("crops/")}
-    assert len(crop_files) == 17 * 12
-    planted = {copy["file"] for copy in truth["planted"]}
-    video = {file for name in VIDEO_NAMES for file in truth["video"][name]}
-    assert files == crop_files | planted | video | set(truth["broken"])
-    assert (len(video), len(truth["broken"])) == (12, 20)
-    kinds = [copy["kind"] for copy in truth["planted"]]
-    assert kinds.count("exact") == round(0.03 * 204)
-    assert len(kinds) - kinds.count("exact") == round(0.12 * 204)
-    assert set(kinds) == {"jpeg", "resize", "crop", "brightness", "flip", "exact"}
-    assert truth["labels"]["crops/coins/000003.png"] == "coins"
-    assert set(truth["labels"]) == crop_files | planted
-
-
-def test_planted_copies_look_like_their_originals(pool: Path) -> None:
-    import cv2
-
-    truth = json.loads((pool / "truth.json").read_text())
-    for copy in truth["planted"]:
-        data, original = (pool / copy["file"]).read_bytes(), (pool / copy["original"]).read_bytes()
-        assert (data == original) == (copy["kind"] == "exact")
-        one, two = (
-            cv2.resize(decode(body, DecodeConfig()), (16, 16), interpolation=cv2.INTER_AREA) for body in (data, original)
-        )
-        if copy["kind"] == "flip":
-            one = one[:, ::-1]
-        if two.std() > 10:
-            assert np.corrcoef(one.ravel(), two.ravel())[0, 1] > 0.6, copy
-
-
-def test_broken_files_and_only_they_are_rejected(pool: Path) -> None:
-    broken = set(json.loads((pool / "truth.json").read_text())["broken"])
-    rejected = {}
-    for path in list_images(pool):
-        try:
-            decode(path.read_bytes(), DecodeConfig())
-        except ImageRejected as error:
-            rejected[str(path.relative_to(pool))] = error.reason
-    assert set(rejected) == broken
-    assert set(rejected.values()) == {"truncated", "unknown_format", "too_many_pixels"}
-
-
-def test_the_pool_is_deterministic_and_never_overwrites(pool: Path, tmp_path: Path) -> None:
-    write_pool(tmp_path / "again", SMALL_POOL)
-    for path in pool.rglob("*"):
-        if path.is_file():
-            assert path.read_bytes() == (tmp_path / "again" / path.relative_to(pool)).read_bytes()
-    with pytest.raises(DataError, match="not empty"):
-        write_pool(pool, SMALL_POOL)

@@ -71,7 +71,7 @@ def test_a_shard_function_runs_once_on_every_task(has_state: bool) -> None:
     tasks = [{"number": number} for number in range(7)]
     found = list(map_shards(Square(), tasks, label="squaring", progress=Progress(stream), has_state=has_state))
     assert sorted((row["number"], row["square"]) for row in found) == [(number, number**2) for number in range(7)]
-    assert stream.getvalue().splitlines()[-1] == "  squaring [####################] 100 % 7/7 shards"
+    assert stream.getvalue().splitlines()[-1] == "  squaring [####################] 100 % 7/7 in 0 s"
 
 
 def test_no_tasks_give_no_results() -> None:

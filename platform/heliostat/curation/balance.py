@@ -1,50 +1,56 @@
-"""Balance: take about equally many images of every cluster, by water-filling.
+"""Balanced sampling: take more evenly from large and small clusters, down a hierarchy of them.
 
-Pour `target` images over the clusters as water over columns: every cluster fills up to one common level c, or to its own
-size if that is lower (arXiv 2405.15613, one level of its hierarchy).
+Like water poured into a row of columns: every cluster fills up to one common level c, or to its own size if that is lower. From
+the top level of a hierarchy down, each cluster's share is poured into its own children in the same way (arXiv 2405.15613).
 """
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from heliostat.errors import DataError
+from heliostat.curation.clusters import size_statistics
+from heliostat.curation.hierarchy import Hierarchy
+from heliostat.curation.retrieval_config import BalanceConfig
+from heliostat.curation.subsets import first_of_each, place_in_group, row_keys
+from heliostat.curation.water import cluster_quotas
 
-# Shapes: N images, K clusters.
+# Shapes: N images, K clusters, P clusters of the level above (parents).
 
 AUTO_MEAN_RATIO = 2.0
 """`auto` cuts clusters at this many times the mean size of the clusters that hold images (assumption, not studied)."""
 
 
-def water_level(sizes_K: NDArray[np.int64], target: int) -> tuple[int, int]:
-    """Largest level c with sum(min(c, size)) <= target, and the remainder that is left to hand out above c.
+def share_among_children(
+    sizes_K: NDArray[np.int64], parent_K: NDArray[np.int32], quota_P: NDArray[np.int64], *, seed: int, purpose: str
+) -> NDArray[np.int64]:
+    """(K,) int64: `cluster_quotas` of every parent's children, for all parents at once.
 
-    With target >= sum(sizes) the level is the largest size and the remainder 0. Exact: sizes are sorted once.
+    sizes_K: images of each child, 0 where it has no parent (parent -1). quota_P: at most the sum of the children's sizes.
     """
-    if target < 0:
-        raise DataError(f"target_images {target} is negative; ask for 0 or more")
-    if len(sizes_K) == 0 or target >= int(sizes_K.sum()):
-        return (int(sizes_K.max()) if len(sizes_K) else 0), 0
-    ascending = np.sort(sizes_K)
-    below = np.r_[0, np.cumsum(ascending)[:-1]]
-    higher = len(ascending) - np.arange(len(ascending))
-    # Filling the j smallest clusters wholly leaves level (target - below_j) // higher_j for the rest; the first j whose level
-    # is below the next size is the answer.
-    levels = (target - below) // higher
-    first = int(np.flatnonzero(levels < ascending)[0])
-    level = int(levels[first])
-    return level, target - int(np.minimum(sizes_K, level).sum())
-
-
-def cluster_quotas(sizes_K: NDArray[np.int64], target: int, *, seed: int) -> NDArray[np.int64]:
-    """Images to take of each cluster: the level, plus one for `remainder` random clusters above the level."""
-    level, remainder = water_level(sizes_K, target)
-    quotas_K = np.minimum(sizes_K, level).astype(np.int64)
-    above = np.flatnonzero(sizes_K > level)
-    lucky = np.random.default_rng([seed, 1]).permutation(above)[:remainder]
-    quotas_K[lucky] += 1
-    return quotas_K
+    children = np.flatnonzero(parent_K >= 0)
+    order = children[np.lexsort((sizes_K[children], parent_K[children]))]
+    parent, size = parent_K[order], sizes_K[order]
+    place = place_in_group(parent)
+    num_children = np.bincount(parent, minlength=len(quota_P))[parent]
+    before = np.cumsum(size) - size  # of all smaller children, and of all parents before
+    below = before - before[np.arange(len(order)) - place]
+    levels = (quota_P[parent] - below) // (num_children - place)
+    level_P = np.full(len(quota_P), np.iinfo(np.int64).max)
+    cut = np.flatnonzero(levels < size)
+    first = cut[place_in_group(parent[cut]) == 0]
+    level_P[parent[first]] = levels[first]
+    quotas = np.minimum(size, level_P[parent])
+    given_P = np.zeros(len(quota_P), np.int64)
+    np.add.at(given_P, parent, quotas)
+    above = np.flatnonzero(size > quotas)
+    keys = row_keys(order[above], seed=seed, purpose=purpose)
+    lucky = first_of_each(parent[above], [keys], (quota_P - given_P)[parent[above]])
+    quotas[above[lucky]] += 1
+    shared_K = np.zeros(len(sizes_K), np.int64)
+    shared_K[order] = quotas
+    return shared_K
 
 
 def resolve_target(target: int | Literal["auto", "all"], sizes_K: NDArray[np.int64]) -> int:
@@ -59,17 +65,35 @@ def resolve_target(target: int | Literal["auto", "all"], sizes_K: NDArray[np.int
     return min(target, total)
 
 
-def balanced_sample(assignment_N: NDArray[np.int64], num_clusters: int, target: int, *, seed: int) -> NDArray[np.bool_]:
-    """True for the images to keep: each cluster's quota, drawn at random from `seed`.
+@dataclass(frozen=True)
+class Balanced:
+    """kept: (N,) bool. target: images kept. levels: JSON-ready, per level the `before` and `after` of `size_statistics`."""
 
-    assignment_N: int64 in 0..num_clusters-1. min(target, N) images are kept.
+    kept: NDArray[np.bool_]
+    target: int
+    levels: list[dict[str, dict[str, float | int]]]
+
+
+def balance(hierarchy: Hierarchy, config: BalanceConfig, *, seed: int) -> Balanced:
+    """Choose exactly min(target, images) images: shares flow from the top level down, then images are drawn within level 1.
+
+    Every draw follows from `seed` and the number of the row or cluster. An absent row is never kept.
     """
-    sizes_K = np.bincount(assignment_N, minlength=num_clusters).astype(np.int64)
-    quotas_K = cluster_quotas(sizes_K, target, seed=seed)
-    shuffled = np.random.default_rng([seed, 2]).permutation(len(assignment_N))
-    by_cluster = shuffled[np.argsort(assignment_N[shuffled], kind="stable")]
-    cluster = assignment_N[by_cluster]
-    place = np.arange(len(by_cluster)) - np.r_[0, np.cumsum(sizes_K)[:-1]][cluster]
-    kept_N = np.zeros(len(assignment_N), np.bool_)
-    kept_N[by_cluster[place < quotas_K[cluster]]] = True
-    return kept_N
+    sizes = hierarchy.sizes()
+    target = resolve_target(config.target_images, sizes[0])
+    quotas_K = cluster_quotas(sizes[-1], target, seed=seed)
+    for level in range(hierarchy.num_levels - 1, 0, -1):
+        parent_K = hierarchy.parents[level - 1]
+        quotas_K = share_among_children(sizes[level - 1], parent_K, quotas_K, seed=seed, purpose=f"balance of level {level}")
+    rows = np.flatnonzero(hierarchy.cluster >= 0)
+    order_by: list[NDArray[Any]] = [row_keys(rows, seed=seed, purpose="balance")]
+    if config.sampling == "closest":
+        order_by = [-hierarchy.similarity[rows], *order_by]
+    cluster = hierarchy.cluster[rows]
+    kept_N = np.zeros(len(hierarchy.cluster), np.bool_)
+    kept_N[rows[first_of_each(cluster, order_by, quotas_K[cluster])]] = True
+    after = hierarchy.sizes(kept_N)
+    levels = [
+        {"before": size_statistics(size), "after": size_statistics(left)} for size, left in zip(sizes, after, strict=True)
+    ]
+    return Balanced(kept_N, target, levels)

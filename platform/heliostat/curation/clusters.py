@@ -1,46 +1,66 @@
-"""Clusters: k-means over embeddings, and how evenly the images lie in them."""
+"""Numbers about clusters: how many to make, and how evenly images lie in them."""
 
 import math
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from heliostat.curation.index import kmeans
+# Shapes: K clusters.
 
-# Shapes: N images, K clusters, D dimension.
+MAX_AUTO_CLUSTERS = 100_000
+"""Clusters DINOv2 A makes of 744M images."""
 
-MAX_AUTO_CLUSTERS = 100_000  # DINOv2 A uses this many for 744M images
+IMAGES_PER_AUTO_CLUSTER = 7_440
+"""744M over 100,000: what `auto` gives each cluster of a large pool."""
 
+IMAGES_PER_FINEST_CLUSTER = 75
+"""743M images over 10M clusters of level 1 (arXiv 2405.15613), rounded."""
 
-@dataclass(frozen=True)
-class Clusters:
-    """A partition of images. centroids: float32, L2-normalised; assignment: int64 in 0..K-1."""
+LEVEL_RATIOS = (20, 10, 5)
+"""Level 1 over level 2, and so on: 10M, 500k, 50k, 10k (arXiv 2405.15613)."""
 
-    centroids: NDArray[np.float32]
-    assignment: NDArray[np.int64]
+MIN_HIERARCHY_IMAGES = 100_000
+"""Below this `auto` makes one level: a second one would have a handful of clusters (assumption, not studied)."""
 
-    @property
-    def sizes(self) -> NDArray[np.int64]:
-        """Images per cluster; zero is possible."""
-        return np.bincount(self.assignment, minlength=len(self.centroids)).astype(np.int64)
+MIN_LEVEL_CLUSTERS = 50
+"""A level of fewer clusters is left out by `auto` (assumption, not studied)."""
 
 
 def resolve_num_clusters(num_clusters: int | Literal["auto"], num_images: int) -> int:
-    """`auto` becomes the rounded square root of the number of images, in 1..100,000 (assumption, not studied)."""
-    if num_clusters == "auto":
-        return max(1, min(MAX_AUTO_CLUSTERS, round(math.sqrt(num_images))))
-    return num_clusters
+    """The number given. `auto` is the rounded root of the number of images, or a 7,440th of it if that is more, in
+    1..100,000."""
+    if num_clusters != "auto":
+        return num_clusters
+    wanted = max(math.sqrt(num_images), num_images / IMAGES_PER_AUTO_CLUSTER)
+    return max(1, min(MAX_AUTO_CLUSTERS, round(wanted)))
 
 
-def assign_clusters(
-    embeddings: NDArray[np.float32], num_clusters: int | Literal["auto"], *, iterations: int, seed: int
-) -> Clusters:
-    """Cluster (N, D) embeddings. Raises DataError when there are fewer images than clusters."""
-    k = resolve_num_clusters(num_clusters, len(embeddings))
-    centroids_KD, assignment_N = kmeans(embeddings, k, iterations=iterations, seed=seed)
-    return Clusters(centroids_KD, assignment_N)
+def resolve_levels(
+    levels: tuple[int, ...] | Literal["auto"], num_clusters: int | Literal["auto"], num_images: int
+) -> tuple[int, ...]:
+    """Clusters per level, the finest first; for `auto` see ClustersConfig.levels."""
+    if levels != "auto":
+        return levels
+    if num_clusters != "auto":
+        return (num_clusters,)
+    if num_images < MIN_HIERARCHY_IMAGES:
+        return (max(1, round(math.sqrt(num_images))),)
+    resolved = [round(num_images / IMAGES_PER_FINEST_CLUSTER)]
+    for ratio in LEVEL_RATIOS:
+        if resolved[-1] / ratio < MIN_LEVEL_CLUSTERS:
+            break
+        resolved.append(round(resolved[-1] / ratio))
+    return tuple(resolved)
+
+
+def entropy(sizes_K: NDArray[np.int64]) -> float:
+    """Shannon entropy of the cluster sizes, in nats."""
+    filled = sizes_K[sizes_K > 0].astype(np.float64)
+    if len(filled) == 0:
+        return 0.0
+    share = filled / filled.sum()
+    return float(-(share * np.log(share)).sum())
 
 
 def evenness(sizes_K: NDArray[np.int64]) -> float:
@@ -54,10 +74,23 @@ def evenness(sizes_K: NDArray[np.int64]) -> float:
     return entropy(sizes_K) / math.log(len(sizes_K))
 
 
-def entropy(sizes_K: NDArray[np.int64]) -> float:
-    """Shannon entropy of the cluster sizes, in nats."""
-    filled = sizes_K[sizes_K > 0].astype(np.float64)
-    if len(filled) == 0:
+def gini(sizes_K: NDArray[np.int64]) -> float:
+    """Gini coefficient of the cluster sizes: 0 when all are equal, near 1 when one holds every image; 0 without images."""
+    total = float(sizes_K.sum())
+    if total == 0:
         return 0.0
-    share = filled / filled.sum()
-    return float(-(share * np.log(share)).sum())
+    ascending = np.sort(sizes_K).astype(np.float64)
+    places = np.arange(1, len(ascending) + 1)
+    return float((2 * places - len(ascending) - 1) @ ascending / (len(ascending) * total))
+
+
+def size_statistics(sizes_K: NDArray[np.int64]) -> dict[str, float | int]:
+    """JSON-ready: number of clusters, of empty ones, the largest, entropy, evenness and Gini."""
+    return {
+        "num_clusters": len(sizes_K),
+        "num_empty": int((sizes_K == 0).sum()),
+        "largest": int(sizes_K.max()) if len(sizes_K) else 0,
+        "entropy_nats": entropy(sizes_K),
+        "evenness": evenness(sizes_K),
+        "gini": gini(sizes_K),
+    }

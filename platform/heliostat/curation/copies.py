@@ -1,41 +1,67 @@
-"""Copies: a graph of similar images, its connected components, one representative of each, and the guard against chains."""
+"""Copies: components of the copy graph, one representative of each by quality, and the guard against chains.
 
+Everything is decided from stored edges and vectors, so another threshold needs no new join. Components are labelled over the
+files of edges; then the members of components of two and more images, and the edges among them, are shuffled so that every
+component lies whole in one partition, and a task settles each partition (settle.py).
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
-from heliostat.curation.config import CopyLimits
-from heliostat.curation.index import neighbors
-from heliostat.errors import DataError
+from heliostat.curation.components import components_of_files
+from heliostat.curation.copies_config import CopyLimits
+from heliostat.curation.edges import NO_EDGES, RECORD, Edges, edge_keys, read_edges
+from heliostat.curation.products import exact_similarities
+from heliostat.curation.settle import settle, similarities_of_edges
+from heliostat.curation.slices import DONE, read_slices, run_missing, write_slices
+from heliostat.curation.strips import read_strip, strips_of
+from heliostat.curation.tasks import TaskMap
+from heliostat.curation.vectors import Vectors, read_array, write_array
+from heliostat.errors import DataError, UsageError
+from heliostat.storage import Store
 
-# Shapes: N images, E edges of the copy graph, K neighbours, R reference images, D dimension.
+# Shapes: N rows of the pool, M members of components with two images or more.
 
-LOSSLESS_FORMATS = frozenset({"png", "bmp", "tiff", "ppm", "pgm"})
-"""Formats that lost nothing at their last save. webp may be either and counts as lossy; gif loses colours."""
+MEMBERS_PER_PARTITION = 200_000
+"""Members settled by one task: 200 MiB of vectors at 512. A component is never cut, so a larger one makes a larger task."""
+
+ROWS_PER_STRIP = 262_144
+"""Rows whose vectors one task sends to their partitions."""
+
+ROWS_PER_PIECE = 1 << 20
+"""Rows in one object of what tasks need to know of each row."""
+
+_SETTLED = np.dtype(
+    [("row", "<i8"), ("representative", "<i8"), ("similarity", "<f4"), ("unguarded", "<i8"), ("hops", "<i4")]
+)
 
 
 @dataclass(frozen=True)
 class CopyResult:
-    """Which images are copies of which. All arrays have one entry per image.
+    """Which images are copies of which. Arrays have one entry per row of the pool.
 
-    component: int64, components are numbered 0, 1, ... by the quality of their representatives, best first.
-    representative: int64, row of the image that stays for the component.
-    similarity_to_representative: float32, 1 for the representative itself.
-    nearest: int64, row of the nearest other image, -1 if there is none; a copy only if its similarity is above the threshold.
+    component: int64, numbered 0, 1, ... by the quality of their representatives, best first; -1 for rows that are not present.
+    representative: int64, row of the image that stays for the component; the row itself for rows that are not present.
+    similarity_to_representative: float32, 1 for the representative itself, NaN where it is not known (`components_at`).
+    unguarded: int64, what the representative would be without the guard.
+    hops: int32, edges on the way to that one.
+    nearest: int64, row of the nearest other image among the stored edges, -1 if there is none.
     nearest_similarity: float32, -1 where there is none.
-    num_split_components: components that the guard split.
-    num_saved: images that stay only because the guard split them off.
+    num_unknown: similarities to a representative that were not known and taken for less than the guard (`components_at`).
     """
 
     component: NDArray[np.int64]
     representative: NDArray[np.int64]
     similarity_to_representative: NDArray[np.float32]
+    unguarded: NDArray[np.int64]
+    hops: NDArray[np.int32]
     nearest: NDArray[np.int64]
     nearest_similarity: NDArray[np.float32]
-    num_split_components: int
-    num_saved: int
+    num_unknown: int = 0
 
     @property
     def dropped(self) -> NDArray[np.bool_]:
@@ -43,155 +69,269 @@ class CopyResult:
         return np.asarray(self.representative != np.arange(len(self.representative)), np.bool_)
 
 
-def quality_order(quality: pa.Table) -> NDArray[np.int64]:
-    """Rank of each image, 0 the best: most pixels, then a lossless format, then most bytes, then smallest id.
+@dataclass(frozen=True)
+class _RowFacts:
+    """What tasks know of rows: partition int32 (-1 for rows alone) and rank int64, in pieces."""
 
-    quality: columns id, width, height, format, bytes. Never the order of arrival. Known limit: an enlarged copy has more pixels
-    than its original and wins.
-    """
-    pixels_N = quality["width"].to_numpy().astype(np.int64) * quality["height"].to_numpy()
-    lossy_N = np.array([name.lower() not in LOSSLESS_FORMATS for name in quality["format"].to_pylist()], dtype=np.bool_)
-    bytes_N = quality["bytes"].to_numpy().astype(np.int64)
-    ids_N = np.array(quality["id"].to_pylist(), dtype=np.str_)
-    best_first = np.lexsort((ids_N, -bytes_N, lossy_N, -pixels_N))
-    rank_N = np.empty(len(best_first), np.int64)
-    rank_N[best_first] = np.arange(len(best_first))
-    return rank_N
+    work: Store
 
+    def write(self, partition: NDArray[np.int32], rank: NDArray[np.int64]) -> None:
+        for number, start in enumerate(range(0, len(rank), ROWS_PER_PIECE)):
+            write_array(self.work, f"facts/partition-{number:06d}.npy", partition[start : start + ROWS_PER_PIECE])
+            write_array(self.work, f"facts/rank-{number:06d}.npy", rank[start : start + ROWS_PER_PIECE])
 
-def connected_components(num_nodes: int, edges_E2: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Label every node with the smallest node of its component.
-
-    Hooking and pointer jumping on whole arrays: every edge hangs the larger of its two roots under the smaller, then every
-    label jumps to its root; rounds grow with the logarithm of the longest chain (measured: 5-6 rounds for 40M nodes).
-    Labels do not depend on the order of the edges, so components of separate shards of edges merge by labelling again.
-    """
-    label = np.arange(num_nodes, dtype=np.int64)
-    first, second = edges_E2[:, 0], edges_E2[:, 1]
-    while True:
-        low, high = np.minimum(label[first], label[second]), np.maximum(label[first], label[second])
-        open_edges = low != high
-        if not open_edges.any():
-            return label
-        first, second = first[open_edges], second[open_edges]
-        np.minimum.at(label, high[open_edges], low[open_edges])
-        while not np.array_equal(jumped := label[label], label):
-            label = jumped
+    def read(self, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """The values of ascending rows."""
+        if not len(rows):
+            return np.empty(0, np.int64)
+        pieces = range(int(rows[0]) // ROWS_PER_PIECE, int(rows[-1]) // ROWS_PER_PIECE + 1)
+        values = [read_array(self.work, f"facts/{name}-{number:06d}.npy") for number in pieces]
+        return np.asarray(np.concatenate(values)[rows - pieces.start * ROWS_PER_PIECE])
 
 
-def copy_edges(similarities_NK: NDArray[np.float32], ids_NK: NDArray[np.int64], threshold: float) -> NDArray[np.int64]:
-    """Edges (E, 2) of the copy graph: pairs above the threshold, itself and padding left out."""
-    rows, ranks = np.nonzero((similarities_NK > threshold) & (ids_NK >= 0))
-    others = ids_NK[rows, ranks]
-    distinct = rows != others
-    return np.stack([rows[distinct], others[distinct]], axis=1).astype(np.int64)
-
-
-def _nearest_other(
-    similarities_NK: NDArray[np.float32], ids_NK: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Nearest neighbour that is not the image itself, with its similarity; -1 and -1 where there is none."""
-    rows = np.arange(len(ids_NK))
-    if ids_NK.size == 0:
-        return np.full(len(rows), -1, np.int64), np.full(len(rows), -1.0, np.float32)
-    other = (ids_NK != rows[:, None]) & (ids_NK >= 0)
-    column = other.argmax(axis=1)
-    found = other[rows, column]
-    nearest = np.where(found, ids_NK[rows, column], -1)
-    return nearest, np.where(found, similarities_NK[rows, column], -1.0).astype(np.float32)
-
-
-def _best_of_component(label_N: NDArray[np.int64], rank_N: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Row of the best-ranked image of each image's component."""
-    best_rank = np.full(len(label_N), len(label_N), np.int64)
-    np.minimum.at(best_rank, label_N, rank_N)
-    row_of_rank = np.empty(len(label_N), np.int64)
-    row_of_rank[rank_N] = np.arange(len(label_N))
-    return row_of_rank[best_rank[label_N]]
-
-
-def split_chains(
-    embeddings_ND: NDArray[np.float32], edges_E2: NDArray[np.int64], rank_N: NDArray[np.int64], guard: float
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Representative row and similarity to it of every image, such that no similarity is below `guard`.
-
-    Each round takes the components of the images left, keeps what is near enough to the best image, and leaves the rest to the
-    next round with the edges among themselves. Every round settles at least one image of every component, so it ends.
-    """
-    num_images = len(embeddings_ND)
-    representative_N = np.arange(num_images, dtype=np.int64)
-    similarity_N = np.ones(num_images, np.float32)
-    rows = np.arange(num_images)
-    while len(edges_E2):
-        best = _best_of_component(connected_components(num_images, edges_E2), rank_N)[rows]
-        similarity = np.einsum("nd,nd->n", embeddings_ND[rows], embeddings_ND[best])
-        settled = (similarity >= guard) | (best == rows)
-        representative_N[rows[settled]] = best[settled]
-        similarity_N[rows[settled]] = np.where(best == rows, 1.0, similarity)[settled]
-        left = np.zeros(num_images, np.bool_)
-        left[rows[~settled]] = True
-        rows = rows[~settled]
-        edges_E2 = edges_E2[left[edges_E2].all(axis=1)]
-    return representative_N, similarity_N
-
-
-def find_copies(
-    embeddings: NDArray[np.float32], quality: pa.Table, limits: CopyLimits, *, num_neighbors: int = 64
-) -> CopyResult:
-    """Find the copies among images: k-NN graph, components, representatives by quality, guard against chains.
-
-    embeddings: (N, D) float32, L2-normalised; quality: N rows as in `quality_order`. A group of more than `num_neighbors`
-    copies stays connected only as far as its k-NN graph does, which is why exact duplicates are removed first.
-    """
-    num_images = len(embeddings)
-    if num_images != quality.num_rows:
-        raise DataError(f"{num_images} embeddings for {quality.num_rows} images; embed every image of the manifest once")
-    rank_N = quality_order(quality)
-    similarities_NK, ids_NK = neighbors(embeddings, embeddings, num_neighbors + 1)  # an image finds itself too
-    edges_E2 = copy_edges(similarities_NK, ids_NK, limits.threshold)
-    unguarded_N = _best_of_component(connected_components(num_images, edges_E2), rank_N)
-    representative_N, similarity_N = split_chains(embeddings, edges_E2, rank_N, limits.min_similarity_to_representative)
-    own_N = np.arange(num_images)
-    saved = (representative_N == own_N) & (unguarded_N != own_N)
-    nearest_N, nearest_similarity_N = _nearest_other(similarities_NK, ids_NK)
-    _, component_N = np.unique(rank_N[representative_N], return_inverse=True)
-    return CopyResult(
-        component=component_N.astype(np.int64),
-        representative=representative_N,
-        similarity_to_representative=similarity_N,
-        nearest=nearest_N,
-        nearest_similarity=nearest_similarity_N,
-        num_split_components=len(np.unique(unguarded_N[representative_N != unguarded_N])),
-        num_saved=int(saved.sum()),
-    )
+def _member(dimension: int) -> np.dtype[Any]:
+    return np.dtype([("row", "<i8"), ("rank", "<i8"), ("vector", "<f2", (dimension,))])
 
 
 @dataclass(frozen=True)
-class Contamination:
-    """Which images show evaluation images. dropped: bool; reference: int64 row of the nearest reference (-1 if there are no
-    references); similarity: float32 similarity to it (-1 likewise)."""
+class _SendMembers:
+    """Task: the vectors of the members in one strip, to their partitions."""
 
-    dropped: NDArray[np.bool_]
-    reference: NDArray[np.int64]
-    similarity: NDArray[np.float32]
+    vectors: Vectors
+    work: Store
+    num_partitions: int
+
+    def __call__(self, task: Mapping[str, Any]) -> Mapping[str, Any]:
+        rows, values = read_strip(self.vectors, (task["strip"][0], task["strip"][1]))
+        facts = _RowFacts(self.work)
+        partition = facts.read("partition", rows)
+        inside = np.flatnonzero(partition >= 0)
+        records = np.empty(len(inside), _member(self.vectors.dimension))
+        records["row"], records["vector"] = rows[inside], values[inside]
+        records["rank"] = facts.read("rank", rows)[inside]
+        write_slices(self.work, str(task["key"]), records, partition[inside].astype(np.int64), self.num_partitions)
+        return {"done": task["done"]}
 
 
-def decontaminate(
-    embeddings: NDArray[np.float32],
-    references: NDArray[np.float32],
-    threshold: float = 0.45,
+@dataclass(frozen=True)
+class _SendEdges:
+    """Task: the edges of one file above the threshold, to their partitions; and the nearest of every image in that file."""
+
+    files: Store
+    work: Store
+    num_partitions: int
+    threshold: float
+
+    def __call__(self, task: Mapping[str, Any]) -> Mapping[str, Any]:
+        edges = read_edges(self.files, str(task["file"]))
+        write_slices(self.work, f"{task['key']}-nearest", *nearest_of_edges(edges), 1)
+        above = edges.above(self.threshold)
+        records = np.empty(above.num_edges, RECORD)
+        records["node"], records["other"], records["similarity"] = above
+        partition = _RowFacts(self.work).read("partition", above.first).astype(np.int64)
+        write_slices(self.work, str(task["key"]), records, partition, self.num_partitions)
+        return {"done": task["done"]}
+
+
+def nearest_of_edges(edges: Edges) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """(T,) records of every touched node with its most similar other one, of equals the smaller row; and T zeros."""
+    records = np.empty(2 * edges.num_edges, RECORD)
+    records["node"] = np.concatenate([edges.first, edges.second])
+    records["other"] = np.concatenate([edges.second, edges.first])
+    records["similarity"] = np.concatenate([edges.similarity, edges.similarity])
+    records = records[np.lexsort((records["other"], -records["similarity"], records["node"]))]
+    best = np.ones(len(records), np.bool_)
+    best[1:] = records["node"][1:] != records["node"][:-1]
+    return records[best], np.zeros(int(best.sum()), np.int64)
+
+
+@dataclass(frozen=True)
+class _SettlePartition:
+    """Task: representatives of the members of one partition."""
+
+    work: Store
+    member_keys: tuple[str, ...]
+    edge_keys: tuple[str, ...]
+    dimension: int
+    guard: float
+
+    def __call__(self, task: Mapping[str, Any]) -> Mapping[str, Any]:
+        number = int(task["partition"])
+        here = range(number, number + 1)
+        members = read_slices(self.work, self.member_keys, here, _member(self.dimension))
+        found = read_slices(self.work, self.edge_keys, here, RECORD)
+        rows = members["row"]  # ascending, as strips are
+        edges = Edges(_positions(rows, found["node"]), _positions(rows, found["other"]), found["similarity"])
+        vectors = np.ascontiguousarray(members["vector"])
+        settled = settle(
+            edges, members["rank"], self.guard, lambda some, others: exact_similarities(vectors, vectors, (some, others))
+        )
+        records = np.empty(len(rows), _SETTLED)
+        records["row"], records["representative"] = rows, rows[settled.representative]
+        records["similarity"], records["unguarded"] = settled.similarity, rows[settled.unguarded]
+        records["hops"] = settled.hops
+        write_slices(self.work, str(task["key"]), records, np.zeros(len(rows), np.int64), 1)
+        return {"done": task["done"]}
+
+
+def _positions(rows: NDArray[np.int64], wanted: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where each wanted row is among ascending ones. Raises DataError when it is not."""
+    position = np.searchsorted(rows, wanted)
+    found = position < len(rows)
+    found[found] = rows[position[found]] == wanted[found]
+    if not found.all():
+        raise DataError(f"an edge names row {int(wanted[~found][0])}, which has no vector; join these images again")
+    return position
+
+
+def find_copies(
+    edges: tuple[Store, str],
+    vectors: Vectors,
+    quality_rank: NDArray[np.int64],
+    limits: CopyLimits,
     *,
-    component: NDArray[np.int64] | None = None,
-) -> Contamination:
-    """Drop every image above `threshold` to a reference, with its whole component (DINOv2 A: 0.45 on SSCD embeddings).
+    edge_floor: float,
+    work: Store,
+    run: TaskMap,
+    present: NDArray[np.bool_] | None = None,
+) -> CopyResult:
+    """Components of edges above limits.threshold, their representatives, and the guard at min_similarity_to_representative.
 
-    embeddings: (N, D); references: (R, D); component: (N,) from `find_copies`, each image alone when it is left out.
+    edges: where `self_join` left them (store, prefix). vectors: those that were joined. quality_rank: (N,) int64, a permutation,
+    0 the best. present: bool (N,), rows that take part; all of them when left out. work: of this call alone.
+    Raises UsageError for a threshold below `edge_floor`, under which no edges are stored.
     """
-    num_images = len(embeddings)
-    component_N = np.arange(num_images) if component is None else component
-    if len(references) == 0 or num_images == 0:
-        nothing = np.zeros(num_images, np.bool_)
-        return Contamination(nothing, np.full(num_images, -1, np.int64), np.full(num_images, -1.0, np.float32))
-    similarities_N1, ids_N1 = neighbors(embeddings, references, 1)
-    touched = np.unique(component_N[similarities_N1[:, 0] > threshold])
-    return Contamination(np.isin(component_N, touched), ids_N1[:, 0], similarities_N1[:, 0])
+    check_inputs(vectors.num_rows, quality_rank, limits.threshold, edge_floor)
+    files, prefix = edges
+    label = components_of_files(files, prefix, len(quality_rank), threshold=limits.threshold, work=work, run=run)
+    partition, num_partitions = partitions_of(label)
+    _RowFacts(work).write(partition, quality_rank)
+    edge_slices = _send(
+        _SendEdges(files, work, max(1, num_partitions), limits.threshold),
+        [{"file": key} for key in edge_keys(files, prefix)],
+        work,
+        run,
+        name="edges",
+    )
+    result = _alone(len(quality_rank))
+    for key in edge_slices:
+        _take_nearest(result, read_slices(work, [f"{key}-nearest"], range(1), RECORD))
+    if num_partitions:
+        strips = strips_of(vectors, ROWS_PER_STRIP)
+        members = _send(_SendMembers(vectors, work, num_partitions), [{"strip": one} for one in strips], work, run, name="members")
+        function = _SettlePartition(
+            work, tuple(members), tuple(edge_slices), vectors.dimension, limits.min_similarity_to_representative
+        )
+        settled = _send(function, [{"partition": number} for number in range(num_partitions)], work, run, name="settled")
+        for key in settled:
+            records = read_slices(work, [key], range(1), _SETTLED)
+            rows = records["row"]
+            result.representative[rows], result.unguarded[rows] = records["representative"], records["unguarded"]
+            result.similarity_to_representative[rows], result.hops[rows] = records["similarity"], records["hops"]
+    number_components(result, quality_rank, present)
+    return result
+
+
+def components_at(
+    edges: tuple[Store, str],
+    quality_rank: NDArray[np.int64],
+    limits: CopyLimits,
+    *,
+    edge_floor: float,
+    present: NDArray[np.bool_] | None = None,
+) -> CopyResult:
+    """`find_copies` from the edges alone, in this process: what another threshold would do.
+
+    Equal to it when the guard is not below `edge_floor` and every pair above the floor is stored, because a pair that is not
+    stored then fails the guard in either case. It can differ where the join missed a pair, where an image has more similar ones
+    than are stored for it, and where the guard lies below the floor; num_unknown counts the pairs for which that is possible.
+    """
+    check_inputs(len(quality_rank), quality_rank, limits.threshold, edge_floor)
+    files, prefix = edges
+    parts = [read_edges(files, key) for key in edge_keys(files, prefix)]
+    stored = Edges(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True))) if parts else NO_EDGES
+    num_images = len(quality_rank)
+    guard = limits.min_similarity_to_representative
+    settled = settle(stored.above(limits.threshold), quality_rank, guard, similarities_of_edges(stored, num_images))
+    result = _alone(num_images)
+    _take_nearest(result, nearest_of_edges(stored)[0])
+    result = CopyResult(
+        result.component,
+        settled.representative,
+        settled.similarity,
+        settled.unguarded,
+        settled.hops,
+        result.nearest,
+        result.nearest_similarity,
+        settled.num_unknown,
+    )
+    number_components(result, quality_rank, present)
+    return result
+
+
+def check_inputs(num_rows: int, quality_rank: NDArray[np.int64], threshold: float, edge_floor: float) -> None:
+    """Raise DataError for ranks that are not a permutation of the rows, UsageError for a threshold below the floor."""
+    if len(quality_rank) != num_rows:
+        raise DataError(f"{num_rows} vectors for {len(quality_rank)} images; rank every image of the pool once")
+    seen = np.zeros(num_rows, np.bool_)
+    seen[quality_rank[(quality_rank >= 0) & (quality_rank < num_rows)]] = True
+    if not seen.all():
+        raise DataError(f"quality_rank is not an order of the {num_rows} images; use each of 0 to {num_rows - 1} once")
+    if threshold < edge_floor:
+        raise UsageError(f"threshold {threshold} is below {edge_floor}, from which on edges are stored; raise it or join again")
+
+
+def partitions_of(label: NDArray[np.int64]) -> tuple[NDArray[np.int32], int]:
+    """(N,) int32 partition of every row in a component of two or more, -1 for others; and how many partitions there are."""
+    size = np.bincount(label, minlength=len(label))
+    size[size < 2] = 0
+    before = np.cumsum(size) - size
+    partition_of_label = np.where(size > 0, before // MEMBERS_PER_PARTITION, -1)
+    used, compact = np.unique(partition_of_label[size > 0], return_inverse=True)
+    partition_of_label[size > 0] = compact
+    return partition_of_label[label].astype(np.int32), len(used)
+
+
+def _send(
+    function: _SendMembers | _SendEdges | _SettlePartition,
+    tasks: list[dict[str, Any]],
+    work: Store,
+    run: TaskMap,
+    *,
+    name: str,
+) -> list[str]:
+    """Run the tasks that are not done yet; returns the key of each."""
+    keys = [f"{name}/{number:06d}" for number in range(len(tasks))]
+    named = [{**task, "key": key, "done": key + DONE} for task, key in zip(tasks, keys, strict=True)]
+    run_missing(run, function, named, store=work, prefix=f"{name}/", label=name)
+    return keys
+
+
+def _alone(num_rows: int) -> CopyResult:
+    """Every image its own component."""
+    return CopyResult(
+        component=np.full(num_rows, -1, np.int64),
+        representative=np.arange(num_rows),
+        similarity_to_representative=np.ones(num_rows, np.float32),
+        unguarded=np.arange(num_rows),
+        hops=np.zeros(num_rows, np.int32),
+        nearest=np.full(num_rows, -1, np.int64),
+        nearest_similarity=np.full(num_rows, -1.0, np.float32),
+    )
+
+
+def _take_nearest(result: CopyResult, records: NDArray[Any]) -> None:
+    """Enter what is nearer than what is there; of equals the smaller row. Every node is in `records` once."""
+    node, other, similarity = records["node"], records["other"], records["similarity"]
+    before, row_before = result.nearest_similarity[node], result.nearest[node]
+    better = (similarity > before) | ((similarity == before) & (other < row_before))
+    result.nearest[node[better]], result.nearest_similarity[node[better]] = other[better], similarity[better]
+
+
+def number_components(result: CopyResult, quality_rank: NDArray[np.int64], present: NDArray[np.bool_] | None) -> None:
+    """Enter the numbers of the components, by the rank of their representatives."""
+    rows = np.arange(len(quality_rank)) if present is None else np.flatnonzero(present)
+    has_component = np.zeros(len(quality_rank), np.bool_)
+    ranks = quality_rank[result.representative[rows]]
+    has_component[ranks] = True
+    result.component[rows] = (np.cumsum(has_component) - 1)[ranks]

@@ -11,7 +11,7 @@ The descriptor `thumbnail_embedding` needs no network and no fitting. It describ
 5. What is too flat to describe (sky, paper) is not forced to unit length. The rest of the length goes into a direction drawn
    from the pixels themselves, so that two different blank images are unlike each other instead of all alike.
 
-Measured with 17 photographs at `config.THUMBNAIL_LIMITS` (tests/curation/test_embed.py, three draws). 332 crops that share no
+Measured with 17 photographs at `THUMBNAIL_LIMITS` (tests/curation/test_embed.py, three draws). 332 crops that share no
 pixel, one copy of most: precision 0.99 to 1.00, recall 0.92 to 0.96; by kind: JPEG quality 30-80 0.90 or more, resize 0.98 or
 more, brightness and contrast 0.95 or more, mirror 1.00, crop to 92 % of the side 0.70 to 0.92. Where crops overlap heavily (150
 from the left half of each photograph) 151 of 2,550 are dropped without having been planted; 119 of them share more than half
@@ -49,7 +49,7 @@ THUMBNAIL_DIMENSION = GRID * GRID * NUM_DIRECTIONS + BLANK_DIMENSIONS
 
 
 class Embedder(Protocol):
-    """Turns images into vectors. name enters fingerprints; dimension is D."""
+    """Turns images into vectors. name and version enter fingerprints; dimension is D."""
 
     @property
     def name(self) -> str:
@@ -58,6 +58,10 @@ class Embedder(Protocol):
     @property
     def dimension(self) -> int:
         """Width of the vectors."""
+
+    @property
+    def version(self) -> str:
+        """Digest of the weights and of the settings that change vectors; of other versions they must not be compared."""
 
     def __call__(self, images: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
         """Embed images of any size, (H, W, 3) uint8 RGB each, as (B, D) float32, L2-normalised."""
@@ -97,10 +101,10 @@ def _directional_responses(image: NDArray[np.uint8]) -> NDArray[np.float32]:
     return np.asarray(pooled - pooled.mean(axis=(0, 1)), np.float32)
 
 
-def _own_direction(image: NDArray[np.uint8]) -> NDArray[np.float64]:
+def own_direction(image: NDArray[np.uint8], dimension: int) -> NDArray[np.float64]:
     """A unit vector that depends on every pixel, the same for the image and its mirror image, unlike any other image's."""
     digests = sorted(hashlib.sha256(view.tobytes()).digest() for view in (image, image[:, ::-1]))
-    direction = np.random.default_rng(int.from_bytes(digests[0][:16], "big")).standard_normal(BLANK_DIMENSIONS)
+    direction = np.random.default_rng(int.from_bytes(digests[0][:16], "big")).standard_normal(dimension)
     return direction / np.linalg.norm(direction)
 
 
@@ -108,7 +112,7 @@ def thumbnail_embedding(image: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Classical copy descriptor of one image, (384,) float32, L2-normalised; see the top of this file.
 
     image: (H, W, 3) uint8 RGB of any size. Copies score above the threshold of
-    `config.THUMBNAIL_LIMITS`. Raises DataError for any other array.
+    `copies_config.THUMBNAIL_LIMITS`. Raises DataError for any other array.
     """
     check_image(image)
     responses_GGO = _directional_responses(image)
@@ -117,7 +121,7 @@ def thumbnail_embedding(image: NDArray[np.uint8]) -> NDArray[np.float32]:
     half = GRID // 2  # the other half of the columns repeats the first after folding; sqrt(2) keeps the length
     symmetric = (described + mirrored)[:, :half] / np.sqrt(2.0)
     antisymmetric = np.abs(described - mirrored)[:, :half] / np.sqrt(2.0)
-    blank = _own_direction(image) * np.sqrt(max(0.0, 1.0 - float((described**2).sum())))
+    blank = own_direction(image, BLANK_DIMENSIONS) * np.sqrt(max(0.0, 1.0 - float((described**2).sum())))
     vector = np.concatenate([symmetric.ravel(), antisymmetric.ravel(), blank])
     return np.asarray(vector / np.linalg.norm(vector), np.float32)
 
@@ -128,6 +132,7 @@ class ThumbnailEmbedder:
 
     name: str = "thumbnail"
     dimension: int = THUMBNAIL_DIMENSION
+    version: str = "1"
 
     def __call__(self, images: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
         """(B, 384) float32, L2-normalised."""
@@ -141,7 +146,8 @@ class BackboneEmbedder:
     """The cls token of a backbone as embedding.
 
     backbone: a module in eval mode whose `forward(images_BCHW).cls_BD` is the cls token. mean, std: per channel, of pixels in
-    0..1. image_size: pixels; the shorter side is resized to it and the centre square cut out.
+    0..1. image_size: pixels; the shorter side is resized to it and the centre square cut out. version: digest of the weights
+    and of these settings (`open_embedder` makes it).
     """
 
     name: str
@@ -152,6 +158,7 @@ class BackboneEmbedder:
     image_size: int = 224
     batch_size: int = 64
     device: str = "cpu"
+    version: str = ""
 
     def __call__(self, images: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
         """(B, D) float32, L2-normalised; runs without gradients, `batch_size` images at a time."""

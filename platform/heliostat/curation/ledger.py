@@ -1,62 +1,95 @@
-"""The ledger: one row per image file ever seen, with what was decided about it, by which stage and why.
+"""The ledger: one row per image ever seen, and per URL that never became one, with what was decided about it and why.
 
-Stages judge, the ledger records. Each stage hands in `Verdicts`; the counts a stage saw are written beside the rows, so that
-`funnel` compares two independent counts and `check_funnel` fails when an image disappears without a reason.
+    ledger.py        the columns, the verdicts of the stages, the funnel and its check
+    ledger_facts.py  what stages found out about the rows of a pool, as arrays
+    ledger_write.py  a shuffle that writes the files, a range of ids each
+    ledger_read.py   find one row among 10^9, or walk over all of them
+
+Stages judge, the ledger records. Each stage counts what it was given and what it kept; the files count their rows.
+`check_funnel` compares the two, and fails when an image disappears without a reason.
 """
 
-import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from heliostat.errors import DataError
 
-KEPT, DROPPED = "kept", "dropped"
-DECODE_STAGE = "decode"
-STAGES_KEY = b"heliostat.stages"
-MIN_ID_PREFIX = 8  # hexadecimal digits
+# Shapes: N rows of the pool, n rows that reached a stage.
 
-RETRIEVED_BY = pa.list_(pa.struct([("curated_id", pa.string()), ("rank", pa.int32()), ("similarity", pa.float32())]))
+KEPT, DROPPED, FORGOTTEN = "kept", "dropped", "forgotten"
+MIN_ID_PREFIX = 8  # hexadecimal digits
+LEDGER = "ledger/"
+LEDGER_SOURCES = "ledger_sources/"
+LEDGER_INDEX = "ledger/index.json"
+
+RETRIEVED_BY = pa.list_(
+    pa.struct(
+        [
+            ("set", pa.string()),
+            ("mode", pa.string()),
+            ("curated_id", pa.string()),
+            ("rank", pa.int32()),
+            ("similarity", pa.float32()),
+        ]
+    )
+)
+
+
+def _field(name: str, kind: pa.DataType, meaning: str) -> pa.Field:
+    return pa.field(name, kind, metadata={"meaning": meaning})
+
 
 FACTS = pa.schema(
     [
-        pa.field("threshold", pa.float32(), metadata={"meaning": "similarity above which the image counts as a copy"}),
-        pa.field("similarity", pa.float32(), metadata={"meaning": "similarity to nearest_copy"}),
-        pa.field(
-            "nearest_copy", pa.string(), metadata={"meaning": "id of the nearest other image, above the threshold or not"}
-        ),
-        pa.field("component", pa.int64(), metadata={"meaning": "number of the component of connected copies"}),
-        pa.field("representative", pa.string(), metadata={"meaning": "id of the image that stays for the component"}),
-        pa.field("similarity_to_representative", pa.float32(), metadata={"meaning": "what the guard against chains tested"}),
-        pa.field("nearest_reference", pa.string(), metadata={"meaning": "id of the nearest evaluation image"}),
-        pa.field("similarity_to_reference", pa.float32(), metadata={"meaning": "similarity to nearest_reference"}),
-        pa.field(
-            "retrieved_by", RETRIEVED_BY, metadata={"meaning": "curated images that brought this one in, best rank first"}
-        ),
-        pa.field("cluster", pa.int32(), metadata={"meaning": "k-means cluster among the images that reached it"}),
+        _field("row", pa.int64(), "row of the pool, as in the features artifact; null if there never was an image"),
+        _field("decision", pa.string(), "kept, dropped or forgotten"),
+        _field("stage", pa.string(), "stage that dropped the image; null if kept"),
+        _field("reason", pa.string(), "why it was dropped; null if kept"),
+        _field("duplicate_of", pa.string(), "id of the image that stays for it after the stages exact and hash"),
+        _field("hash_distance", pa.float32(), "distance of the two by hash; 0 for the same bytes"),
+        _field("nearest_copy", pa.string(), "id of the nearest other image, above the threshold or not"),
+        _field("similarity", pa.float32(), "similarity to nearest_copy"),
+        _field("component", pa.int64(), "number of the component of connected copies"),
+        _field("component_size", pa.int64(), "images of the component"),
+        _field("representative", pa.string(), "id of the image that stays for the component"),
+        _field("similarity_to_representative", pa.float32(), "what the guard against chains tested"),
+        _field("evaluation_set", pa.string(), "evaluation set of nearest_reference"),
+        _field("nearest_reference", pa.string(), "id of the nearest evaluation image"),
+        _field("similarity_to_reference", pa.float32(), "similarity to nearest_reference"),
+        _field("retrieved_by", RETRIEVED_BY, "curated images that brought this one in, best rank first"),
+        _field("cluster_levels", pa.list_(pa.int32()), "k-means cluster at each level, finest first"),
+        _field("faces_blurred", pa.bool_(), "whether faces were blurred in the image that was kept"),
     ]
 )
-"""What stages may add to a row; null where the image did not reach the stage."""
+"""What curation adds to a row; null where the image did not reach the stage."""
 
 SCHEMA = pa.schema(
     [
-        pa.field("id", pa.string(), metadata={"meaning": "sha256 of the file; null if it could not be decoded"}),
-        pa.field("source", pa.string(), nullable=False, metadata={"meaning": "name or URL the file came from; unique"}),
-        pa.field("label", pa.string(), metadata={"meaning": "label of the source, if it has one"}),
-        pa.field("width", pa.int32(), metadata={"meaning": "pixels"}),
-        pa.field("height", pa.int32(), metadata={"meaning": "pixels"}),
-        pa.field("format", pa.string(), metadata={"meaning": "file format, lower case"}),
-        pa.field("bytes", pa.int64(), metadata={"meaning": "size of the file"}),
-        pa.field("decision", pa.string(), nullable=False, metadata={"meaning": "kept or dropped"}),
-        pa.field("stage", pa.string(), metadata={"meaning": "stage that dropped the image; null if kept"}),
-        pa.field("reason", pa.string(), metadata={"meaning": "why it was dropped; null if kept"}),
-        pa.field("detail", pa.string(), metadata={"meaning": "the decoder's own words"}),
+        _field("id", pa.string(), "sha256 of the file; null if no file came"),
+        _field("source", pa.string(), "name or URL the file came from; null once it is forgotten"),
+        _field("label", pa.string(), "label of the source, if it has one"),
+        _field("shard", pa.string(), "shard of the raw artifact"),
+        _field("offset", pa.int64(), "first byte in the shard"),
+        _field("length", pa.int64(), "bytes of the file"),
+        _field("width", pa.int32(), "pixels"),
+        _field("height", pa.int32(), "pixels"),
+        _field("format", pa.string(), "file format, lower case"),
+        _field("detail", pa.string(), "the own words of what turned the file away"),
+        _field("pca_code", pa.uint64(), "hash of the picture"),
+        _field("pca_contrast", pa.float32(), "standard deviation of its thumbnail, grey values"),
+        _field("nsfw", pa.float32(), "score, 0 to 1"),
+        _field("num_faces", pa.int32(), "faces that the detector found"),
+        _field("page", pa.string(), "URL of the page that showed the image"),
+        _field("alt", pa.string(), "text beside it"),
+        _field("http_status", pa.int32(), "answer of the server"),
+        _field("licence", pa.string(), "licence that the page declares"),
+        _field("robots", pa.string(), "what robots.txt said"),
+        _field("opt_out", pa.string(), "signal against use for training, if there was one"),
         *FACTS,
     ]
 )
@@ -64,22 +97,87 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Verdicts:
-    """What one stage decided: rows int64 (manifest rows that reached it), dropped bool, reason str (read where dropped)."""
+    """What one stage decided.
+
+    rows: int64 (n,), ascending, rows that reached it. dropped: bool (n,). reasons: names; codes: uint8 (n,), index into
+    reasons, read where dropped.
+    """
 
     stage: str
     rows: NDArray[np.int64]
     dropped: NDArray[np.bool_]
-    reason: NDArray[np.str_]
+    reasons: tuple[str, ...]
+    codes: NDArray[np.uint8]
 
     @property
     def kept_rows(self) -> NDArray[np.int64]:
-        """Manifest rows that go on to the next stage."""
+        """Rows that go on to the next stage."""
         return self.rows[~self.dropped]
 
 
 def same_reason(stage: str, rows: NDArray[np.int64], dropped: NDArray[np.bool_], reason: str) -> Verdicts:
     """Verdicts of a stage that has a single reason to drop."""
-    return Verdicts(stage, rows, dropped, np.full(len(rows), reason))
+    return Verdicts(stage, rows, dropped, (reason,), np.zeros(len(rows), np.uint8))
+
+
+def named_reasons(stage: str, rows: NDArray[np.int64], reasons: pa.Array | pa.ChunkedArray) -> Verdicts:
+    """Verdicts out of a column of texts: "" or null keeps, others are reasons. Raises DataError for over 255 reasons."""
+    column = reasons.combine_chunks() if isinstance(reasons, pa.ChunkedArray) else reasons
+    column = column.fill_null("").dictionary_encode()
+    names = column.dictionary.to_pylist()
+    if len(names) > 255:
+        raise DataError(f"stage {stage!r} has {len(names)} reasons, the limit is 255; put what varies into the detail")
+    codes = column.indices.to_numpy().astype(np.uint8)
+    empty = np.array([not name for name in names], np.bool_)
+    return Verdicts(stage, rows, ~empty[codes] if len(names) else np.zeros(0, np.bool_), tuple(names), codes)
+
+
+class StageCount(NamedTuple):
+    """Images that a stage was given, and those it kept, as it counted them itself."""
+
+    stage: str
+    rows_in: int
+    rows_kept: int
+
+
+@dataclass
+class Decisions:
+    """The verdicts so far: two bytes an image.
+
+    cause: uint16 (N,), 0 while the image is kept, else an index into causes, which are (stage, reason).
+    """
+
+    cause: NDArray[np.uint16]
+    causes: list[tuple[str, str]] = field(default_factory=lambda: [("", "")])
+    counts: list[StageCount] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, num_rows: int) -> "Decisions":
+        """Nothing decided about `num_rows` images."""
+        return cls(np.zeros(num_rows, np.uint16))
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """int64, ascending: images that no stage has dropped."""
+        return np.flatnonzero(self.cause == 0)
+
+    def judge(self, verdicts: Verdicts) -> None:
+        """Take up a stage's verdicts. Raises DataError unless it judged exactly the images that the stages before had kept."""
+        alive = self.rows
+        if not np.array_equal(alive, verdicts.rows):
+            raise DataError(
+                f"stage {verdicts.stage!r} judged {len(verdicts.rows)} images, the stages before it kept {len(alive)}; "
+                "give it all of these, in order"
+            )
+        first = len(self.causes)
+        self.causes += [(verdicts.stage, reason) for reason in verdicts.reasons]
+        if len(self.causes) > 2**16:
+            raise DataError(
+                f"{len(self.causes)} pairs of stage and reason, the limit is {2**16}; put what varies into the detail"
+            )
+        lost = verdicts.dropped
+        self.cause[verdicts.rows[lost]] = first + verdicts.codes[lost].astype(np.uint16)
+        self.counts.append(StageCount(verdicts.stage, len(verdicts.rows), len(verdicts.kept_rows)))
 
 
 @dataclass(frozen=True)
@@ -91,91 +189,31 @@ class FunnelStep:
     rows_kept: int
     dropped_by_reason: Mapping[str, int]
 
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "stage": self.stage,
+            "rows_in": self.rows_in,
+            "rows_kept": self.rows_kept,
+            "dropped_by_reason": dict(self.dropped_by_reason),
+        }
 
-def spread(values: pa.Array, rows: NDArray[np.int64], num_rows: int) -> pa.Array:
-    """A column of `num_rows` rows that holds `values` at `rows` and null elsewhere."""
-    position = np.full(num_rows, -1, np.int64)
-    position[rows] = np.arange(len(rows))
-    return values.take(pa.array(position, mask=position < 0))
 
+def make_funnel(counts: Sequence[StageCount], drops: Mapping[tuple[str, str], int], num_kept: int) -> list[FunnelStep]:
+    """The funnel of stages' own counts and of the drops that the rows tell, by (stage, reason).
 
-def build_ledger(
-    manifest: pa.Table, rejected: pa.Table, verdicts: Sequence[Verdicts], facts: Mapping[str, pa.Array]
-) -> pa.Table:
-    """Build the ledger: the manifest's rows in order, then the rejected files.
-
-    manifest: columns id, source, label, width, height, format, length. rejected: columns source, reason, detail. verdicts: in
-    the order of the stages. facts: columns of FACTS, one value per manifest row. Raises DataError for a source seen twice.
+    Raises DataError when the two disagree (see `check_funnel`), when rows name another stage, or when num_kept, the rows that
+    are kept, is not what the last stage kept.
     """
-    num_images, num_rejected = manifest.num_rows, rejected.num_rows
-    stage = np.full(num_images, None, dtype=object)
-    reason = np.full(num_images, None, dtype=object)
-    counts = [{"stage": DECODE_STAGE, "rows_in": num_images + num_rejected, "rows_kept": num_images}]
-    for verdict in verdicts:
-        lost = verdict.rows[verdict.dropped]
-        stage[lost], reason[lost] = verdict.stage, verdict.reason[verdict.dropped]
-        counts.append({"stage": verdict.stage, "rows_in": len(verdict.rows), "rows_kept": len(verdict.kept_rows)})
-    columns: dict[str, pa.Array | pa.ChunkedArray] = {
-        name: manifest["length" if name == "bytes" else name]
-        for name in ("id", "source", "label", "width", "height", "format", "bytes")
-    }
-    columns |= {"decision": pa.array(np.where(stage == None, KEPT, DROPPED))}  # noqa: E711  (elementwise)
-    columns |= {"stage": pa.array(stage, pa.string()), "reason": pa.array(reason, pa.string()), **facts}
-    seen = _table(columns, num_images)
-    unread = _table(
-        {
-            "source": rejected["source"],
-            "decision": pa.array([DROPPED] * num_rejected, pa.string()),
-            "stage": pa.array([DECODE_STAGE] * num_rejected, pa.string()),
-            "reason": rejected["reason"],
-            "detail": rejected["detail"],
-        },
-        num_rejected,
-    )
-    ledger = pa.concat_tables([seen, unread]).combine_chunks()
-    _refuse_repeated_sources(ledger)
-    return ledger.replace_schema_metadata({STAGES_KEY: json.dumps(counts).encode()})
-
-
-def _table(columns: Mapping[str, pa.Array | pa.ChunkedArray], num_rows: int) -> pa.Table:
-    """Cast columns to SCHEMA; a column that is not given is null."""
-    arrays = [
-        columns[field.name].cast(field.type) if field.name in columns else pa.nulls(num_rows, field.type) for field in SCHEMA
-    ]
-    return pa.table(arrays, schema=SCHEMA)
-
-
-def _refuse_repeated_sources(ledger: pa.Table) -> None:
-    counts = pc.value_counts(ledger["source"]).field("counts")
-    if len(counts) and pc.max(counts).as_py() > 1:
-        repeated = pc.value_counts(ledger["source"]).field("values").filter(pc.greater(counts, 1))[0].as_py()
-        raise DataError(f"source {repeated!r} is in the manifest twice; sources name files, so each must be unique")
-
-
-def funnel(ledger: pa.Table) -> list[FunnelStep]:
-    """Counts per stage in order: rows_in and rows_kept as the stage counted them, drops as the ledger's rows tell.
-
-    Raises DataError when the two disagree (see `check_funnel`) or the ledger does not name its stages.
-    """
-    metadata = ledger.schema.metadata or {}
-    if STAGES_KEY not in metadata:
-        raise DataError("this table does not name its stages; only a ledger from build_ledger has a funnel")
-    drops: dict[str, Counter[str]] = {}
-    for stage, reason in zip(ledger["stage"].to_pylist(), ledger["reason"].to_pylist(), strict=True):
-        if stage is not None:
-            drops.setdefault(stage, Counter())[reason] += 1
-    steps = [
-        FunnelStep(
-            count["stage"], count["rows_in"], count["rows_kept"], dict(sorted(drops.pop(count["stage"], Counter()).items()))
-        )
-        for count in json.loads(metadata[STAGES_KEY])
-    ]
-    if drops:
-        raise DataError(f"rows are dropped by stage {min(drops)!r}, which the ledger does not list among its stages")
+    by_stage: dict[str, dict[str, int]] = {}
+    for (stage, reason), count in sorted(drops.items()):
+        by_stage.setdefault(stage, {})[reason] = count
+    steps = [FunnelStep(*count, by_stage.pop(count.stage, {})) for count in counts]
+    if by_stage:
+        raise DataError(f"rows are dropped by stage {min(by_stage)!r}, which the ledger does not list among its stages")
     check_funnel(steps)
-    kept = pc.sum(pc.equal(ledger["decision"], KEPT)).as_py() or 0
-    if kept != steps[-1].rows_kept:
-        raise DataError(f"the ledger keeps {kept} rows, its last stage {steps[-1].stage!r} kept {steps[-1].rows_kept}")
+    if steps and num_kept != steps[-1].rows_kept:
+        raise DataError(f"the ledger keeps {num_kept} rows, its last stage {steps[-1].stage!r} kept {steps[-1].rows_kept}")
     return steps
 
 
@@ -193,68 +231,3 @@ def check_funnel(steps: Sequence[FunnelStep]) -> None:
                 f"stage {step.stage!r} got {step.rows_in} rows, but {steps[position - 1].stage!r} kept "
                 f"{steps[position - 1].rows_kept}"
             )
-
-
-def explain(ledger: pa.Table, id_or_source: str) -> list[str]:
-    """The story of an image in sentences, one paragraph per file, for `heliostat why`.
-
-    id_or_source: a whole id, its first 8 or more digits, or a source. Raises DataError when nothing or, for a prefix, more than
-    one id matches.
-    """
-    mask = pc.or_kleene(pc.equal(ledger["id"], id_or_source), pc.equal(ledger["source"], id_or_source))
-    found = ledger.filter(pc.fill_null(mask, False))
-    if found.num_rows == 0 and len(id_or_source) >= MIN_ID_PREFIX:
-        found = ledger.filter(pc.fill_null(pc.starts_with(ledger["id"], id_or_source), False))
-        if len(set(found["id"].to_pylist())) > 1:
-            raise DataError(f"{id_or_source} begins {len(set(found['id'].to_pylist()))} ids; give more digits")
-    if found.num_rows == 0:
-        raise DataError(f"no image with id or source {id_or_source!r} among the {ledger.num_rows} rows of this ledger")
-    return [sentence for row in found.to_pylist() for sentence in _story(row)]
-
-
-def _story(row: Mapping[str, Any]) -> list[str]:
-    """Sentences about one row, in the order of the stages."""
-    if row["id"] is None:
-        return [f"{row['source']} could not be decoded: {row['reason']}" + (f" ({row['detail']})." if row["detail"] else ".")]
-    name = row["id"][:12]
-    story = [
-        f"{row['source']} is image {name}: {row['width']} x {row['height']} {row['format']}, {row['bytes']} bytes"
-        + (f", label {row['label']}." if row["label"] is not None else ".")
-    ]
-    if row["reason"] == "exact_duplicate":
-        return [*story, "It has the same bytes as another file, which was kept in its place (stage exact)."]
-    story += _copy_story(row)
-    if row["nearest_reference"] is not None:
-        story.append(
-            f"The nearest evaluation image is {row['nearest_reference'][:12]}, similarity {row['similarity_to_reference']:.3f}."
-        )
-    if row["retrieved_by"]:
-        first, others = row["retrieved_by"][0], len(row["retrieved_by"]) - 1
-        story.append(
-            f"Curated image {first['curated_id'][:12]} retrieved it at rank {first['rank']}, similarity "
-            f"{first['similarity']:.3f}" + (f", and {others} other curated images did too." if others else ".")
-        )
-    if row["cluster"] is not None:
-        story.append(f"It lies in cluster {row['cluster']}.")
-    if row["decision"] == KEPT:
-        return [*story, "It was kept."]
-    return [*story, f"It was dropped by stage {row['stage']}: {row['reason']}."]
-
-
-def _copy_story(row: Mapping[str, Any]) -> list[str]:
-    """What the stage copies found about one row."""
-    story = []
-    if row["nearest_copy"] is not None and row["threshold"] is not None:
-        side = "above" if row["similarity"] > row["threshold"] else "not above"
-        story.append(
-            f"The nearest other image is {row['nearest_copy'][:12]}, similarity {row['similarity']:.3f}, {side} the threshold "
-            f"{row['threshold']:.3g}."
-        )
-    if row["representative"] is not None:
-        story.append(
-            f"It represents component {row['component']}."
-            if row["representative"] == row["id"]
-            else f"Component {row['component']} is represented by {row['representative'][:12]} instead, similarity "
-            f"{row['similarity_to_representative']:.3f}."
-        )
-    return story

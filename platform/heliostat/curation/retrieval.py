@@ -1,158 +1,278 @@
-"""Retrieval: which pool images a curated set brings in, and by which of its images each one came (DINOv2 A)."""
+"""Retrieval: which pool images curated sets bring in, by which of their images, and why the others stay out (DINOv2 A)."""
 
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from heliostat.curation.clusters import assign_clusters
-from heliostat.curation.config import ClustersConfig, RetrievalConfig
-from heliostat.curation.index import neighbors
+from heliostat.curation.assignment import assign
+from heliostat.curation.clusters import resolve_num_clusters
+from heliostat.curation.composition import CompositionRow
+from heliostat.curation.kmeans import kmeans
+from heliostat.curation.retrieval_cluster import (
+    CreditedSet,
+    MatchedClusters,
+    credit_draws,
+    draw_from_matched,
+    matched_clusters,
+)
+from heliostat.curation.retrieval_config import ClustersConfig, ResolvedSet, RetrievalConfig, resolve_set
+from heliostat.curation.retrieval_links import Links, links_of_draws, links_of_pairs, merge_links
+from heliostat.curation.retrieval_sample import Pairs, best_ranked, retrieve_by_sample
+from heliostat.curation.subsets import present_rows
+from heliostat.curation.tasks import TaskMap
+from heliostat.curation.vectors import Vectors
 from heliostat.errors import DataError
+from heliostat.storage import Store
 
-# Shapes: N pool images, M curated images, K neighbours, L links (pool image, curated image), D dimension.
+# Shapes: N pool rows, M curated images, K clusters, L links (pool image, curated image), D dimension.
 
 NOT_RETRIEVED = "not_retrieved"
 CLUSTER_NOT_MATCHED = "cluster_not_matched"
 OVER_CLUSTER_QUOTA = "over_cluster_quota"
 OVER_MAX_IMAGES = "over_max_images"
 
-
-@dataclass(frozen=True)
-class Links:
-    """Who retrieved whom, sorted by pool row, then rank. All arrays have L entries.
-
-    pool, curated: int64 rows; rank: int32, 1 for the nearest; similarity: float32 cosine.
-    """
-
-    pool: NDArray[np.int64]
-    curated: NDArray[np.int64]
-    rank: NDArray[np.int32]
-    similarity: NDArray[np.float32]
+REASONS = ("", NOT_RETRIEVED, CLUSTER_NOT_MATCHED, OVER_CLUSTER_QUOTA, OVER_MAX_IMAGES)
+"""What a reason number means; the further an image came, the higher its number."""
 
 
 @dataclass(frozen=True)
 class Retrieved:
-    """Outcome of retrieval: kept bool, reason (empty string where kept), and the links of the images that were reached."""
+    """Outcome of retrieval.
 
+    kept: (N,) bool; reason: (N,) int8, position in REASONS, 0 where kept or absent. links: of the images reached in sample mode
+    and of those taken in cluster mode. composition: rows like those of table 15. unmatched: the sets that brought nothing, and
+    why. With a set in cluster mode also centroids (K, D), cluster (N,) int32 (-1 for absent rows), and the matched clusters.
+    """
+
+    sets: tuple[ResolvedSet, ...]
     kept: NDArray[np.bool_]
-    reason: NDArray[np.str_]
+    reason: NDArray[np.int8]
     links: Links
-    num_matched_clusters: int
+    composition: tuple[CompositionRow, ...]
+    unmatched: dict[str, str]
+    centroids: NDArray[np.float32] | None
+    cluster: NDArray[np.int32] | None
+    matched: MatchedClusters | None
 
 
-def _sorted_links(
-    pool_L: NDArray[np.int64], curated_L: NDArray[np.int64], rank_L: NDArray[np.int64], similarity_L: NDArray[np.float32]
-) -> Links:
-    order = np.lexsort((curated_L, rank_L, pool_L))
-    return Links(pool_L[order], curated_L[order], rank_L[order].astype(np.int32), similarity_L[order].astype(np.float32))
+class _Found(NamedTuple):
+    """What one set did: pool rows, ascending, reached (before its cap) and final; retrieved counts one image as often as it was
+    reached. pairs: in sample mode; credited: in cluster mode."""
+
+    reached: NDArray[np.int64]
+    final: NDArray[np.int64]
+    num_retrieved: int
+    pairs: Pairs | None = None
+    credited: CreditedSet | None = None
 
 
-def _check(pool: NDArray[np.float32], curated: NDArray[np.float32]) -> None:
-    if len(curated) == 0:
-        raise DataError("retrieval needs curated images and there are none; give them or set retrieval.mode=none")
-    if len(pool) == 0:
-        raise DataError("retrieval needs pool images and there are none left; look at the funnel for where they went")
+class _Clustered(NamedTuple):
+    centroids: NDArray[np.float32]
+    cluster: NDArray[np.int32]
 
 
-def _cap_by_rank(links: Links, num_pool: int, max_images: int) -> NDArray[np.bool_]:
-    """The `max_images` reached images with the best rank, then the highest similarity, then the first row."""
-    starts = np.r_[True, links.pool[1:] != links.pool[:-1]]  # links are sorted: the first of an image has its best rank
-    rows, ranks = links.pool[starts], links.rank[starts]
-    order = np.lexsort((rows, -links.similarity[starts], ranks))
-    kept_N = np.zeros(num_pool, np.bool_)
-    kept_N[rows[order[:max_images]]] = True
-    return kept_N
-
-
-def retrieve_by_sample(pool: NDArray[np.float32], curated: NDArray[np.float32], config: RetrievalConfig) -> Retrieved:
-    """Sample mode: the `config.neighbors` nearest pool images of each curated image; their union, no image twice.
-
-    pool: (N, D), curated: (M, D), both L2-normalised. A pool image that several curated images reach keeps a link to each.
-    When the union is larger than `config.max_images`, the best ranks stay.
-    """
-    _check(pool, curated)
-    similarities_MK, ids_MK = neighbors(curated, pool, config.neighbors)
-    curated_rows, columns = np.nonzero(ids_MK >= 0)
-    links = _sorted_links(ids_MK[curated_rows, columns], curated_rows, columns + 1, similarities_MK[curated_rows, columns])
-    kept_N = _cap_by_rank(links, len(pool), config.max_images)
-    reason_N = np.full(len(pool), NOT_RETRIEVED, dtype="<U24")
-    reason_N[links.pool] = OVER_MAX_IMAGES
-    reason_N[kept_N] = ""
-    return Retrieved(kept_N, reason_N, links, num_matched_clusters=0)
-
-
-def sample_matched_clusters(
-    pool_cluster_N: NDArray[np.int64], curated_cluster_M: NDArray[np.int64], config: RetrievalConfig, *, seed: int
-) -> tuple[NDArray[np.bool_], NDArray[np.str_], int]:
-    """Which pool images cluster mode takes: (kept_N, reason_N, number of matched clusters).
-
-    A cluster is matched when MORE than `min_images_per_cluster` curated images lie in it. At most `max_images_per_cluster`
-    images are drawn from each, and at most `max_images` of all that were drawn stay; both at random from `seed`.
-    """
-    num_clusters = int(max(pool_cluster_N.max(), curated_cluster_M.max())) + 1
-    matched_K = np.bincount(curated_cluster_M, minlength=num_clusters) > config.min_images_per_cluster
-    generator = np.random.default_rng([seed, 3])
-    shuffled = generator.permutation(len(pool_cluster_N))
-    by_cluster = shuffled[np.argsort(pool_cluster_N[shuffled], kind="stable")]
-    sizes_K = np.bincount(pool_cluster_N, minlength=num_clusters)
-    place = np.arange(len(by_cluster)) - np.r_[0, np.cumsum(sizes_K)[:-1]][pool_cluster_N[by_cluster]]
-    drawn_N = np.zeros(len(pool_cluster_N), np.bool_)
-    drawn_N[by_cluster[place < config.max_images_per_cluster]] = True
-    drawn_N &= matched_K[pool_cluster_N]
-    kept_N = np.zeros_like(drawn_N)
-    kept_N[generator.permutation(np.flatnonzero(drawn_N))[: config.max_images]] = True
-    reason_N = np.full(len(kept_N), CLUSTER_NOT_MATCHED, dtype="<U24")
-    reason_N[matched_K[pool_cluster_N]] = OVER_CLUSTER_QUOTA
-    reason_N[drawn_N] = OVER_MAX_IMAGES
-    reason_N[kept_N] = ""
-    return kept_N, reason_N, int(matched_K.sum())
-
-
-def _cluster_links(
-    pool: NDArray[np.float32],
-    curated: NDArray[np.float32],
-    pool_cluster_N: NDArray[np.int64],
-    curated_cluster_M: NDArray[np.int64],
-    kept_N: NDArray[np.bool_],
-) -> Links:
-    """One link per kept image: the most similar curated image of its cluster, ranked among the images credited to that one."""
-    pool_rows: list[NDArray[np.int64]] = []
-    curated_rows: list[NDArray[np.int64]] = []
-    similarities: list[NDArray[np.float32]] = []
-    for cluster in np.unique(pool_cluster_N[kept_N]):
-        members = np.flatnonzero(kept_N & (pool_cluster_N == cluster))
-        seeds = np.flatnonzero(curated_cluster_M == cluster)
-        similarity, nearest = neighbors(pool[members], curated[seeds], 1)
-        pool_rows.append(members)
-        curated_rows.append(seeds[nearest[:, 0]])
-        similarities.append(similarity[:, 0])
-    if not pool_rows:
-        nothing = np.empty(0, np.int64)
-        return Links(nothing, nothing, np.empty(0, np.int32), np.empty(0, np.float32))
-    pool_L, curated_L, similarity_L = np.concatenate(pool_rows), np.concatenate(curated_rows), np.concatenate(similarities)
-    order = np.lexsort((pool_L, -similarity_L, curated_L))
-    starts = np.flatnonzero(np.r_[True, curated_L[order][1:] != curated_L[order][:-1]])
-    rank_L = np.empty(len(order), np.int64)
-    rank_L[order] = np.arange(len(order)) - np.repeat(starts, np.diff(np.r_[starts, len(order)])) + 1
-    return _sorted_links(pool_L, curated_L, rank_L, similarity_L)
-
-
-def retrieve_by_cluster(
-    pool: NDArray[np.float32],
-    curated: NDArray[np.float32],
+def retrieve(
+    pool: Vectors,
+    curated: Mapping[str, Vectors],
     config: RetrievalConfig,
     *,
     clusters: ClustersConfig,
     seed: int,
+    work: Store,
+    run: TaskMap,
+    rows: NDArray[np.int64] | None = None,
 ) -> Retrieved:
-    """Cluster mode: k-means over the pool, curated images fall into its clusters, matched clusters are sampled.
+    """Decide which pool images stay because a curated set brings them in.
 
-    pool: (N, D), curated: (M, D). `clusters` gives the iterations and seed of k-means; `seed` draws the samples.
+    curated: the vectors of every set, by the names of `config.sets`, or one set of any name when those are empty. clusters: how
+    k-means of cluster mode is fitted; one k-means of the pool serves all sets. seed: of the draws. rows: the pool rows that
+    have a vector, when the caller knows them. work: of this pool, these sets and this configuration alone; a repeated run goes
+    on there. Raises DataError when there is no set, no pool, an empty set, or when no set brings anything.
     """
-    _check(pool, curated)
-    fit = assign_clusters(pool, config.num_clusters, iterations=clusters.iterations, seed=clusters.seed)
-    _, nearest_M1 = neighbors(curated, fit.centroids, 1)
-    kept_N, reason_N, num_matched = sample_matched_clusters(fit.assignment, nearest_M1[:, 0], config, seed=seed)
-    links = _cluster_links(pool, curated, fit.assignment, nearest_M1[:, 0], kept_N)
-    return Retrieved(kept_N, reason_N, links, num_matched)
+    present = present_rows(pool, work=work.child("pool"), run=run) if rows is None else rows
+    names = _names(config, curated)
+    counts = [len(present_rows(curated[name], work=_room(work, name), run=run)) for name in names]
+    _check(pool, present, curated, dict(zip(names, counts, strict=True)))
+    sets = tuple(resolve_set(name, config, count) for name, count in zip(names, counts, strict=True))
+    clustered = None
+    if any(one.mode == "cluster" for one in sets):
+        clustered = _cluster_pool(pool, present, config, clusters, work=work.child("clusters"), run=run)
+    found = [
+        _find(position, one, curated[one.name], pool, clustered, config=config, seed=seed, work=_room(work, one.name), run=run)
+        for position, one in enumerate(sets)
+    ]
+    unmatched = {
+        one.name: _why_nothing(one, this)
+        for one, this in zip(sets, found, strict=True)
+        if one.mode != "none" and not len(this.final)
+    }
+    if unmatched and all(one.mode == "none" or one.name in unmatched for one in sets):
+        raise DataError(_nothing_at_all(unmatched))
+    cluster_N = clustered.cluster if clustered else None
+    kept_N, reason_N = _judge(present, pool.num_rows, sets, found, cluster_N)
+    return Retrieved(
+        sets,
+        kept_N,
+        reason_N,
+        _links(pool, found, cluster_N, work=work.child("credits"), run=run),
+        tuple(_composition(sets, counts, found, pool.num_rows)),
+        unmatched,
+        clustered.centroids if clustered else None,
+        cluster_N,
+        _matched(sets, found, cluster_N, seed=seed),
+    )
+
+
+def _room(work: Store, name: str) -> Store:
+    """Where one set keeps its state; names may hold characters that keys may not."""
+    return work.child(f"set-{hashlib.sha256(name.encode()).hexdigest()[:16]}")
+
+
+def _names(config: RetrievalConfig, curated: Mapping[str, Vectors]) -> list[str]:
+    """The sets in the order of the recipe."""
+    if not curated:
+        raise DataError(f"retrieval.mode={config.mode} needs curated images; give them or set retrieval.mode=none")
+    names = list(config.sets) or list(curated)
+    if set(names) != set(curated) or (not config.sets and len(names) > 1):
+        raise DataError(
+            f"curated sets {', '.join(curated)} were embedded, retrieval.sets names {', '.join(config.sets) or 'none'}"
+        )
+    return names
+
+
+def _check(pool: Vectors, present: NDArray[np.int64], curated: Mapping[str, Vectors], counts: Mapping[str, int]) -> None:
+    if len(present) == 0:
+        raise DataError("retrieval needs pool images and there are none left; look at the funnel for where they went")
+    for name, count in counts.items():
+        if count == 0:
+            raise DataError(f"curated set {name!r} has no image; give it some, take it out, or set retrieval.mode=none")
+        if curated[name].dimension != pool.dimension:
+            widths = f"{curated[name].dimension}, the pool {pool.dimension}"
+            raise DataError(f"curated set {name!r} has vectors of width {widths}; embed both alike")
+
+
+def _cluster_pool(
+    pool: Vectors, present: NDArray[np.int64], config: RetrievalConfig, clusters: ClustersConfig, *, work: Store, run: TaskMap
+) -> _Clustered:
+    centroids_KD = kmeans(
+        pool,
+        resolve_num_clusters(config.num_clusters, len(present)),
+        iterations=clusters.iterations,
+        seed=clusters.seed,
+        work=work,
+        run=run,
+        seeding=clusters.seeding,
+        rows_per_centroid=clusters.rows_per_centroid,
+        rows=present,
+    )
+    return _Clustered(centroids_KD, assign(pool, centroids_KD, name="pool", work=work, run=run).cluster)
+
+
+def _find(
+    position: int,
+    one: ResolvedSet,
+    curated: Vectors,
+    pool: Vectors,
+    clustered: _Clustered | None,
+    *,
+    config: RetrievalConfig,
+    seed: int,
+    work: Store,
+    run: TaskMap,
+) -> _Found:
+    if one.mode == "sample":
+        pairs = retrieve_by_sample(curated, pool, one.neighbors, config, seed=seed, work=work, run=run)
+        return _Found(np.unique(pairs.pool), best_ranked(pairs, one.max_images), len(pairs.pool), pairs=pairs)
+    if one.mode == "none" or clustered is None:
+        nothing = np.empty(0, np.int64)
+        return _Found(nothing, nothing, 0)
+    curated_cluster_M = assign(curated, clustered.centroids, name="curated", work=work, run=run).cluster
+    draw = draw_from_matched(
+        clustered.cluster,
+        curated_cluster_M,
+        len(clustered.centroids),
+        min_images=one.min_images_per_cluster,
+        quota=one.max_images_per_cluster,
+        max_images=one.max_images,
+        seed=seed,
+        name=one.name,
+    )
+    credited = CreditedSet(position, curated, curated_cluster_M, draw)
+    return _Found(draw.drawn, draw.final, len(draw.drawn), credited=credited)
+
+
+def _why_nothing(one: ResolvedSet, found: _Found) -> str:
+    if found.credited is None:
+        return "its images have no neighbour in the pool"
+    fullest = int(found.credited.draw.num_curated.max())
+    if fullest > one.min_images_per_cluster:
+        return "its matched clusters hold no image of the pool"
+    return f"its fullest cluster holds {fullest} curated images, and more than {one.min_images_per_cluster} are needed"
+
+
+def _nothing_at_all(unmatched: Mapping[str, str]) -> str:
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in unmatched.items())
+    return (
+        f"no curated set brings in an image ({reasons}); lower retrieval.min_images_per_cluster or retrieval.num_clusters, "
+        "give more curated images, or set retrieval.mode=sample"
+    )
+
+
+def _judge(
+    present: NDArray[np.int64],
+    num_rows: int,
+    sets: Sequence[ResolvedSet],
+    found: Sequence[_Found],
+    cluster_N: NDArray[np.int32] | None,
+) -> tuple[NDArray[np.bool_], NDArray[np.int8]]:
+    """(kept_N, reason_N): kept when one set takes the image; otherwise the reason of the set that came nearest to it."""
+    kept_N, reason_N = np.zeros(num_rows, np.bool_), np.zeros(num_rows, np.int8)
+    only_clusters = all(one.mode == "cluster" for one in sets)
+    reason_N[present] = REASONS.index(CLUSTER_NOT_MATCHED if only_clusters else NOT_RETRIEVED)
+    for this in found:
+        if this.credited is not None and cluster_N is not None:
+            in_matched = np.flatnonzero((cluster_N >= 0) & this.credited.draw.matched[cluster_N])
+            reason_N[in_matched] = np.maximum(reason_N[in_matched], REASONS.index(OVER_CLUSTER_QUOTA))
+        reason_N[this.reached] = REASONS.index(OVER_MAX_IMAGES)
+        kept_N[this.final] = True
+    reason_N[kept_N] = 0
+    return kept_N, reason_N
+
+
+def _links(pool: Vectors, found: Sequence[_Found], cluster_N: NDArray[np.int32] | None, *, work: Store, run: TaskMap) -> Links:
+    several = [links_of_pairs(position, this.pairs) for position, this in enumerate(found) if this.pairs is not None]
+    credited = [this.credited for this in found if this.credited is not None and len(this.final)]
+    if credited and cluster_N is not None:
+        several.append(links_of_draws(credit_draws(pool, credited, cluster_N, work=work, run=run)))
+    return merge_links(several)
+
+
+def _composition(
+    sets: Sequence[ResolvedSet], counts: Sequence[int], found: Sequence[_Found], num_rows: int
+) -> list[CompositionRow]:
+    """One row per use of a set, in their order; a pool image counts as added where it comes first."""
+    there_N = np.zeros(num_rows, np.bool_)
+    rows = []
+    for one, count, this in zip(sets, counts, found, strict=True):
+        if one.as_is:
+            rows.append(CompositionRow(one.name, count, "as is", None, count, count))
+        if one.mode != "none":
+            added = int((~there_N[this.final]).sum())
+            there_N[this.final] = True
+            rows.append(CompositionRow(one.name, count, one.mode, this.num_retrieved, len(this.final), added))
+    return rows
+
+
+def _matched(
+    sets: Sequence[ResolvedSet], found: Sequence[_Found], cluster_N: NDArray[np.int32] | None, *, seed: int
+) -> MatchedClusters | None:
+    if cluster_N is None:
+        return None
+    draws = [
+        (position, sets[position].name, this.credited.draw) for position, this in enumerate(found) if this.credited is not None
+    ]
+    return matched_clusters(draws, cluster_N, seed=seed)

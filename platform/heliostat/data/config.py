@@ -139,10 +139,18 @@ class PhotographPoolConfig(StrictModel):
     """Seed of everything that is drawn."""
     crops_per_photograph: int = Field(default=150, ge=1)
     """Square crops of each photograph, from its left 47 %."""
-    near_duplicate_ratio: Ratio = 0.12
-    """Share of the crops that get one altered copy (compressed, resized, cropped, brightened or mirrored)."""
     exact_duplicate_ratio: Ratio = 0.03
     """Share of the crops that get one renamed copy of the same bytes."""
+    num_tiles: int = Field(default=106, ge=1)
+    """Originals of the planted copies: tiles of the left halves that share no pixel, 112 to 200 pixels a side."""
+    copies_per_kind: int = Field(default=30, ge=0)
+    """Altered copies of tiles, of each of the 20 kinds (docs/concepts/planted_copies.md)."""
+    num_evaluation_tiles: int = Field(default=16, ge=0)
+    """Further tiles, which become the evaluation set and are in the pool only as altered copies."""
+    evaluation_copies_per_kind: int = Field(default=8, ge=0)
+    """Altered copies of evaluation tiles, of each of the 20 kinds; decontamination has to find them."""
+    hard_negatives_per_kind: int = Field(default=12, ge=0)
+    """Cards, charts and pages that look alike and must not be merged, of each kind. Each card takes a tile for its picture."""
     num_video_frames: int = Field(default=160, ge=0, le=264)
     """Consecutive video frames, half from each of two films: natural near-duplicates."""
     num_broken_files: int = Field(default=20, ge=0)

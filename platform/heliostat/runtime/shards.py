@@ -1,4 +1,4 @@
-"""The same function over many shards, as a Ray Data pipeline: what ingest and curate are made of.
+"""The same function over many shards, as a Ray Data pipeline: what ingest, crawl, embed, dedup and curate are made of.
 
 A task is small and plain (it names its shard); a result is small and plain (it counts). The images themselves go from store to
 store inside the workers and never through the driver. A worker writes its shard atomically, so whatever a killed run has
@@ -8,58 +8,96 @@ finished is skipped by the next one.
 import json
 import logging
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
+from heliostat.curation.tasks import TaskFunction
 from heliostat.errors import DataError, HeliostatError
-from heliostat.runtime.progress import Progress, bar
+from heliostat.runtime.progress import Progress, bar, duration_text
+from heliostat.runtime.step_times import StepTimes
 
-
-class ShardFunction(Protocol):
-    """Work on one shard: a plain mapping in, a plain mapping out."""
-
-    def __call__(self, task: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Do one shard. A HeliostatError stops the pipeline with its message."""
+_TASKS_AT_ONCE = 8192
+"""Tasks of one Ray Data execution: each is a block of its own, and Ray's driver keeps some kilobytes a block."""
 
 
 class _Adapter:
     """What Ray Data calls: JSON in and out, and our errors as values, so that they arrive without Ray's wrapping."""
 
-    def __init__(self, function: ShardFunction) -> None:
+    def __init__(self, function: TaskFunction) -> None:
         self._function = function
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, str]:
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        started = time.process_time()
         try:
-            return {"result": json.dumps(dict(self._function(json.loads(row["task"])))), "error": ""}
-        except HeliostatError as error:
-            return {"result": "{}", "error": str(error) or type(error).__name__}
+            result, error = json.dumps(dict(self._function(json.loads(row["task"])))), ""
+        except HeliostatError as failed:
+            result, error = "{}", str(failed) or type(failed).__name__
+        return {"result": result, "error": error, "cpu_seconds": time.process_time() - started}
+
+
+@dataclass(frozen=True)
+class RayTasks:
+    """A `curation.tasks.TaskMap` on Ray, with progress and times.
+
+    gpus_per_actor: GPUs of an actor that holds a network; there are as many actors as the cluster has such shares, and with 0
+    as many as it has CPUs.
+    """
+
+    progress: Progress
+    times: StepTimes = field(default_factory=StepTimes)
+    gpus_per_actor: float = 0.0
+
+    def __call__(
+        self, function: TaskFunction, tasks: Sequence[Mapping[str, Any]], *, label: str, has_state: bool = False
+    ) -> Iterator[dict[str, Any]]:
+        """Run `function` over all tasks and yield its results as they come, in no particular order.
+
+        Raises DataError with the message of the first task that failed.
+        """
+        if not tasks:
+            return
+        started, done = time.monotonic(), 0
+        with self.times.step(label):
+            for first in range(0, len(tasks), _TASKS_AT_ONCE):
+                for row in self._rows(function, tasks[first : first + _TASKS_AT_ONCE], has_state):
+                    if row["error"]:
+                        raise DataError(row["error"])
+                    done, result = done + 1, json.loads(row["result"])
+                    self.times.add_task(label, row["cpu_seconds"], result)
+                    self._show(label, done, len(tasks), time.monotonic() - started)
+                    yield result
+
+    def _rows(self, function: TaskFunction, tasks: Sequence[Mapping[str, Any]], has_state: bool) -> Iterator[dict[str, Any]]:
+        import ray
+
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        if os.environ.get("HELIOSTAT_DEBUG") != "1":
+            logging.getLogger("ray.data").setLevel(logging.WARNING)
+        rows = ray.data.from_items([{"task": json.dumps(dict(task))} for task in tasks], override_num_blocks=len(tasks))
+        if not has_state:
+            yield from rows.map(_Adapter(function).__call__).iter_rows()
+            return
+        resources = ray.cluster_resources()
+        places = resources.get("GPU", 0) / self.gpus_per_actor if self.gpus_per_actor else resources.get("CPU", 1)
+        if places < 1:
+            raise DataError(
+                f"a task needs {self.gpus_per_actor:g} GPUs, Ray has {resources.get('GPU', 0):g}; lower embed.gpus_per_actor"
+            )
+        pool = ray.data.ActorPoolStrategy(size=max(1, min(len(tasks), int(places))))
+        options = {"num_gpus": self.gpus_per_actor} if self.gpus_per_actor else {}
+        yield from rows.map(_Adapter, fn_constructor_args=(function,), compute=pool, **options).iter_rows()
+
+    def _show(self, label: str, done: int, total: int, seconds: float) -> None:
+        left = f", {duration_text(seconds / done * (total - done))} left" if done < total else f" in {duration_text(seconds)}"
+        self.progress.update(f"{label} {bar(done, total)} {done:,}/{total:,}{left}", final=done == total)
 
 
 def map_shards(
-    function: ShardFunction, tasks: Sequence[Mapping[str, Any]], *, label: str, progress: Progress, has_state: bool = False
+    function: TaskFunction, tasks: Sequence[Mapping[str, Any]], *, label: str, progress: Progress, has_state: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Run `function` over all tasks and yield its results as they come, in no particular order.
-
-    has_state: the function is costly to set up (a network), so it lives in one actor per CPU instead of being sent with every
-    task. Raises DataError with the message of the first task that failed.
-    """
-    if not tasks:
-        return
-    import ray
-
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    if os.environ.get("HELIOSTAT_DEBUG") != "1":
-        logging.getLogger("ray.data").setLevel(logging.WARNING)
-    rows = ray.data.from_items([{"task": json.dumps(dict(task))} for task in tasks], override_num_blocks=len(tasks))
-    if has_state:
-        num_actors = max(1, min(len(tasks), int(ray.cluster_resources().get("CPU", 1))))
-        mapped = rows.map(_Adapter, fn_constructor_args=(function,), compute=ray.data.ActorPoolStrategy(size=num_actors))
-    else:
-        mapped = rows.map(_Adapter(function).__call__)
-    for done, row in enumerate(mapped.iter_rows(), start=1):
-        if row["error"]:
-            raise DataError(row["error"])
-        progress.update(f"{label} {bar(done, len(tasks))} {done}/{len(tasks)} shards", final=done == len(tasks))
-        yield json.loads(row["result"])
+    """`RayTasks` in one call."""
+    return RayTasks(progress)(function, tasks, label=label, has_state=has_state)

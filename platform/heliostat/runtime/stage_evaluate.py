@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ from heliostat.evaluation.knn import nearest
 from heliostat.evaluation.pictures import fit_size, grid_sheet, neighbor_sheet, patch_tokens, pca_colors, png
 from heliostat.evaluation.report import ReportInputs, render_report
 from heliostat.models.stored import HISTORY, read_backbone
+from heliostat.runtime.curation_review import FUNNEL, STATISTICS
 from heliostat.runtime.pipelines import Context, Summary, config_of, make
-from heliostat.runtime.stage_curate import COPY_REPORT, FUNNEL, STATISTICS
+from heliostat.runtime.planted import OURS, PLANTED
 from heliostat.runtime.stage_ingest import MANIFEST
 from heliostat.runtime.stage_sweep import read_trials, trial_candidates
 from heliostat.tracking import Run
@@ -174,20 +176,32 @@ def _report_inputs(
     }
     data_ref = ArtifactRef.parse(model.record.inputs["data"])
     data = context.load(data_ref)
-    optional = {
-        key: data.read_json(key) if data.files.size(key) is not None else None for key in (FUNNEL, COPY_REPORT, STATISTICS)
-    }
+    optional = {key: data.read_json(key) if data.files.size(key) is not None else None for key in (FUNNEL, PLANTED, STATISTICS)}
     return ReportInputs(
         title=str(context.recipe.ref("report")),
         results=results,
         pictures=pictures,
         histories=histories,
         funnel=optional[FUNNEL] or [],
-        copies=optional[COPY_REPORT] or {},
+        copies=_planted(optional[PLANTED]),
         statistics=optional[STATISTICS] or {},
         records={role: artifact.record for role, artifact in {**inputs, "data": data}.items()},
         trials=read_trials(inputs["sweep"]) if "sweep" in inputs else [],
     )
+
+
+def _planted(scores: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the page says about planted copies; empty without any."""
+    if scores is None or scores[OURS]["recall"]["ratio"] is None or scores[OURS]["precision"]["ratio"] is None:
+        return {}
+    ours = scores[OURS]
+    return {
+        "recall": ours["recall"]["ratio"],
+        "precision": ours["precision"]["ratio"],
+        "num_found": ours["recall"]["found"],
+        "num_planted": ours["recall"]["planted"],
+        "recall_by_kind": {kind: share["ratio"] for kind, share in ours["recall_by_kind"].items()},
+    }
 
 
 def table_lines(rows: list[Row]) -> list[str]:

@@ -3,15 +3,16 @@
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from heliostat.artifacts import WORK, Artifact, Draft, FileRecord, describe
-from heliostat.data import photographs
+from heliostat.data import photograph_pool, photographs
 from heliostat.data.manifest import join_manifests, manifest_from_bytes, manifest_to_bytes
 from heliostat.data.packing import Packed, Packing, group_files, index_in_place, pack_container, pack_files, reasons
 from heliostat.data.quarantine import QUARANTINE, Rejection, quarantine_from_bytes, quarantine_to_bytes
@@ -27,6 +28,7 @@ from heliostat.tracking import Run
 
 MANIFEST = "manifest.parquet"
 TRUTH = "truth.json"
+SETS = ("curated", "evaluation", "labelled", "heldout", "pictures")
 _PHOTOGRAPHS = "photographs"
 
 
@@ -99,29 +101,58 @@ def _slice(numbers: range) -> slice:
     return slice(numbers.start, numbers.stop)
 
 
-def _assemble(progress: Progress, draft: Draft, source: Source, num_tasks: int) -> Summary:
-    """Join what the tasks left behind, and check that everything that came in is there."""
+@dataclass(frozen=True)
+class Assembled:
+    """What the tasks left behind, joined."""
+
+    manifest: pa.Table
+    rejections: list[Rejection]
+    account: Account
+
+    @property
+    def num_unreadable(self) -> int:
+        """Packed images whose header cannot be read; they have a rejection too."""
+        return int(self.manifest.num_rows - (pc.sum(pc.greater(self.manifest["width"], 0)).as_py() or 0))
+
+
+def assemble(draft: Draft, num_tasks: int, rejected: Sequence[Rejection] = ()) -> Assembled:
+    """Join the manifest rows, rejections and accounts of all tasks. rejected: what was turned away before any task.
+
+    Raises DataError when what came in is not what is there.
+    """
     tasks = range(num_tasks)
     manifest = join_manifests([manifest_from_bytes(draft.files.read(rows_key(index))) for index in tasks])
-    rejections: list[Rejection] = list(source.rejected)
+    rejections = list(rejected)
     total = Account(num_in=len(rejections), num_rejected=len(rejections))
     for index in tasks:
         rejections += quarantine_from_bytes(draft.files.read(_work_key("quarantine", index)))
         total += Account(**json.loads(draft.files.read(_work_key("account", index, "json"))))
-    num_unreadable = manifest.num_rows - int(pc.sum(pc.greater(manifest["width"], 0)).as_py() or 0)
     total.check(str(draft.ref))
-    num_quarantined = total.num_rejected + num_unreadable
+    return Assembled(manifest, rejections, total)
+
+
+def put_raw(draft: Draft, found: Assembled) -> Summary:
+    """Write the manifest and the quarantine of a raw artifact."""
+    draft.put(MANIFEST, manifest_to_bytes(found.manifest))
+    draft.put(QUARANTINE, quarantine_to_bytes(found.rejections))
+    shards = pc.count_distinct(found.manifest["shard"]).as_py()
+    num_quarantined = found.account.num_rejected + found.num_unreadable
+    quarantined = {"quarantined": num_quarantined} if num_quarantined else {}
+    return Summary({"images": found.manifest.num_rows, "shards": shards, **quarantined})
+
+
+def _assemble(progress: Progress, draft: Draft, source: Source, num_tasks: int) -> Summary:
+    """Join what the tasks left behind, and check that everything that came in is there."""
+    found = assemble(draft, num_tasks, source.rejected)
+    num_rows, rejections = found.manifest.num_rows, found.rejections
     if source.kind != "parquet":  # there one entry stands for all rows of a damaged group
-        Account(manifest.num_rows + num_quarantined, manifest.num_rows, 0, len(rejections)).check(str(draft.ref))
-    _say(progress, source, total, num_unreadable, rejections)
-    if manifest.num_rows == num_unreadable:
+        num_quarantined = found.account.num_rejected + found.num_unreadable
+        Account(num_rows + num_quarantined, num_rows, 0, len(rejections)).check(str(draft.ref))
+    _say(progress, source, found.account, found.num_unreadable, rejections)
+    if num_rows == found.num_unreadable:
         first = min(rejections).detail if rejections else "it is empty"
         raise DataError(f"{source.store.uri} holds no image that can be packed: {first}")
-    draft.put(MANIFEST, manifest_to_bytes(manifest))
-    draft.put(QUARANTINE, quarantine_to_bytes(rejections))
-    shards = pc.count_distinct(manifest["shard"]).as_py()
-    quarantined = {"quarantined": num_quarantined} if num_quarantined else {}
-    return Summary({"images": manifest.num_rows, "shards": shards, **quarantined})
+    return put_raw(draft, found)
 
 
 def _say(progress: Progress, source: Source, total: Account, num_unreadable: int, rejections: list[Rejection]) -> None:
@@ -136,12 +167,12 @@ def _say(progress: Progress, source: Source, total: Account, num_unreadable: int
 
 
 def ingest(context: Context, config: IngestConfig) -> Artifact:
-    """Make the raw artifacts of a recipe; returns the pool's."""
-    pool = _ingest_one(context, config, "", config.pool)
-    for suffix in ("curated", "labelled", "heldout", "pictures"):
-        if uri := getattr(config, suffix):
-            _ingest_one(context, config, suffix, uri)
-    return pool
+    """Make the raw artifacts of a recipe; returns the pool's, or the first when a crawl makes the pool."""
+    sources = {"": config.pool, **{suffix: getattr(config, suffix) for suffix in SETS}}
+    made = [_ingest_one(context, config, suffix, uri) for suffix, uri in sources.items() if uri]
+    if not made:
+        raise UsageError(f"ingest names no source; give ingest.pool or one of ingest.{', ingest.'.join(SETS)}")
+    return made[0]
 
 
 def _ingest_one(context: Context, config: IngestConfig, suffix: str, uri: str) -> Artifact:
@@ -184,7 +215,10 @@ def write_photographs(folder: Path, config: IngestConfig, suffix: str) -> None:
     """Lay the demo's photographs below a folder as a user's own would lie there."""
     settings = config.photographs
     if not suffix:
-        photographs.write_pool(folder, settings)
+        photograph_pool.write_pool(folder, settings)
+        return
+    if suffix == "evaluation":
+        photograph_pool.write_evaluation(folder, settings)
         return
     if suffix == "pictures":
         photographs.write_whole(folder)

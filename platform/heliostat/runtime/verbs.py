@@ -174,10 +174,23 @@ def _smallest_section(stage: str) -> str:
 
 def run_stage(context: Context, stage: str) -> Artifact:
     """Run one stage of the context's recipe and return its (main) artifact."""
-    from heliostat.runtime import stage_curate, stage_evaluate, stage_ingest, stage_publish, stage_sweep, stage_train
+    from heliostat.runtime import (
+        stage_crawl,
+        stage_curate,
+        stage_dedup,
+        stage_embed,
+        stage_evaluate,
+        stage_ingest,
+        stage_publish,
+        stage_sweep,
+        stage_train,
+    )
 
     functions = {
+        "crawl": stage_crawl.crawl,
         "ingest": stage_ingest.ingest,
+        "embed": stage_embed.embed,
+        "dedup": stage_dedup.run_dedup,
         "curate": stage_curate.run_curate,
         "pretrain": stage_train.pretrain,
         "sweep": stage_sweep.sweep,

@@ -1,0 +1,140 @@
+"""The rows of a ledger: the images of a pool with what the crawl knew of each, and the URLs and files that never became one."""
+
+import io
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from heliostat.artifacts import Artifact
+from heliostat.crawling.reasons import OK
+from heliostat.crawling.tables import LOG_SCHEMA, log_key, read_table
+from heliostat.curation.ledger import SCHEMA, StageCount
+from heliostat.curation.ledger_write import TableRows
+from heliostat.curation.pool import Pool
+from heliostat.data.quarantine import QUARANTINE
+from heliostat.errors import DataError
+from heliostat.storage import Store
+
+CRAWL = "crawl"
+"""Where links, plan and fetch log of a crawl lie in its raw artifact."""
+
+_EVIDENCE = ("page", "alt", "licence", "http_status", "robots", "opt_out")
+_TASK = re.compile(r"^shards/(\d{6})")
+
+
+@dataclass(frozen=True)
+class PoolRows:
+    """The rows of a pool as the ledger reads them (`ledger_write.RowBlocks`). logs: per member, where its fetch log lies."""
+
+    pool: Pool
+    logs: tuple[Store | None, ...]
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """First row of each block, and N."""
+        return tuple(self.pool.starts)
+
+    def read(self, block: int) -> pa.Table:
+        """One block, without its vectors."""
+        for member, log in zip(self.pool.members, self.logs, strict=True):
+            if block < len(member.keys):
+                file = pq.ParquetFile(io.BytesIO(member.files.read(member.keys[block])))
+                wanted = [name for name in file.schema_arrow.names if name in SCHEMA.names or name == "faces"]
+                rows = file.read([name for name in wanted if name != "reason"])
+                return rows if log is None else _with_evidence(rows, log)
+            block -= len(member.keys)
+        raise IndexError(block)
+
+
+def _with_evidence(rows: pa.Table, crawl: Store) -> pa.Table:
+    """Add what the fetch log tells. A shard's name holds the number of the task that wrote it, and so of its log."""
+    logs = []
+    for shard in pc.unique(rows["shard"]).to_pylist():
+        match = _TASK.match(shard)
+        if match is None:
+            raise DataError(f"shard {shard} is not named as a crawl names its shards; make the raw artifact again")
+        logs.append(int(match[1]))
+    log = pa.concat_tables([read_table(crawl, log_key(index), LOG_SCHEMA) for index in sorted(set(logs))])
+    place = pc.index_in(rows["source"], value_set=log["url"])
+    for name in _EVIDENCE:
+        rows = rows.append_column(name, log[name].take(place))
+    return rows
+
+
+def fetch_log_of(raw: Artifact) -> Store | None:
+    """Where the fetch log of a raw artifact lies; None when it was not crawled."""
+    return raw.files.child(CRAWL) if any(key.startswith(f"{CRAWL}/fetch_log/") for key in raw.record.files) else None
+
+
+def rows_outside(raws: tuple[Artifact, ...], pool: Pool) -> tuple[TableRows | None, list[StageCount]]:
+    """The URLs and files that have no row in the pool, with the stage `crawl` or `ingest` and the reason, and what those stages
+    counted."""
+    crawled, ingested = list[pa.Table](), list[pa.Table]()
+    for number, raw in enumerate(raws):
+        crawl = fetch_log_of(raw)
+        if crawl is not None:
+            crawled += [
+                _failed_urls(crawl, key.removeprefix(f"{CRAWL}/")) for key in sorted(raw.record.files) if "/fetch_log/" in key
+            ]
+        elif raw.files.size(QUARANTINE) is not None:
+            ingested.append(_turned_away(raw, pool, number))
+    num_crawled, num_ingested = (sum(table.num_rows for table in tables) for tables in (crawled, ingested))
+    counts, num_in = list[StageCount](), num_crawled + num_ingested + pool.num_rows
+    if num_crawled:
+        counts.append(StageCount("crawl", num_in, num_in - num_crawled))
+    if num_ingested:
+        counts.append(StageCount("ingest", pool.num_rows + num_ingested, pool.num_rows))
+    tables = tuple(table for table in (*crawled, *ingested) if table.num_rows)
+    return (TableRows(tables) if tables else None), counts
+
+
+def _failed_urls(crawl: Store, key: str) -> pa.Table:
+    log = read_table(crawl, key, LOG_SCHEMA)
+    failed = log.filter(pc.not_equal(log["status"], OK))
+    columns: dict[str, Any] = {name: failed[name] for name in _EVIDENCE}
+    return pa.table({"source": failed["url"], **_judged("crawl", failed["status"]), "length": failed["bytes"], **columns})
+
+
+def _turned_away(raw: Artifact, pool: Pool, number: int) -> pa.Table:
+    """Rows of the quarantine that are not images of the manifest too (those are packed, and fail to decode)."""
+    table = pq.read_table(io.BytesIO(raw.files.read(QUARANTINE)))
+    packed = _unreadable_places(pool, number)
+    keys = list(zip(table["shard"].to_pylist(), table["offset"].to_pylist(), strict=True))
+    outside = table.filter(pa.array([key not in packed for key in keys], pa.bool_()))
+    return pa.table(
+        {
+            "source": outside["source"],
+            **_judged("ingest", outside["reason"]),
+            "detail": outside["detail"],
+            "shard": outside["shard"],
+            "offset": outside["offset"],
+            "length": outside["length"],
+        }
+    )
+
+
+def _unreadable_places(pool: Pool, number: int) -> set[tuple[str, int]]:
+    """(shard, offset) of the packed images whose header cannot be read."""
+    member, places = pool.members[number], set[tuple[str, int]]()
+    for block in range(len(member.keys)):
+        rows = member.read(block, ["shard", "offset", "width"])
+        rows = rows.filter(pc.equal(rows["width"], 0))
+        places.update(zip(rows["shard"].to_pylist(), rows["offset"].to_pylist(), strict=True))
+    return places
+
+
+def _judged(stage: str, reason: pa.ChunkedArray) -> dict[str, Any]:
+    return {"stage": pa.array([stage] * len(reason), pa.string()), "reason": reason}
+
+
+def mask_of(num_rows: int, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """(N,) True at the rows."""
+    mask = np.zeros(num_rows, np.bool_)
+    mask[rows] = True
+    return mask
