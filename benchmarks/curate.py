@@ -9,6 +9,7 @@ Sides alternate within a round, quotients are taken within a round; a figure is 
 
 import argparse
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from curate_in_ray import NUM_CPUS, cluster, marginal
@@ -45,7 +47,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from heliostat.curation.buckets import nearest_centroids
 from heliostat.curation.config import EmbedConfig
-from heliostat.curation.copy_network import CopyEmbedder, evened_out, squeezed
+from heliostat.curation.copy_network import SHIPPED_WEIGHTS, CopyEmbedder, evened_out, squeezed
 from heliostat.curation.embed import BackboneEmbedder
 from heliostat.curation.features import Instruments
 from heliostat.curation.features_config import DetectorsConfig
@@ -54,8 +56,9 @@ from heliostat.curation.vectors import Block
 from heliostat.runtime.stage_embed import OpenInstruments
 from heliostat.storage import LocalStore
 
+Rows = tuple[pa.Table, pa.Table]
+
 SIZES = {"500x375": (500, 375), "1600x1200": (1600, 1200)}
-CONFIG = EmbedConfig(detectors=DetectorsConfig(nsfw="opennsfw", faces="centerface"))
 OURS, SCRIPTS = "ours", "one script per question"
 
 
@@ -90,8 +93,8 @@ def sides_of(shards: Shards, folder: Path, tools: Instruments, per_task: int) ->
     }
 
 
-def gate(shards: Shards, folder: Path, tools: Instruments, per_task: int) -> dict[str, float]:
-    """What whole-size decoding changes. RuntimeError when the sides differ on the same pixels."""
+def gate(shards: Shards, folder: Path, tools: Instruments, per_task: int) -> Rows:
+    """The rows of ours, and of the scripts that decode whole images. RuntimeError when the sides differ on the same pixels."""
     out = LocalStore(folder / "ours")
     (folder / "scripts").mkdir(exist_ok=True)
     our_pass(shards, out, tools, per_task)
@@ -101,7 +104,7 @@ def gate(shards: Shards, folder: Path, tools: Instruments, per_task: int) -> dic
     _, whole_size = one_script_per_question(shards, folder / "scripts", tools)
     if ours.num_rows != shards.count or whole_size.num_rows != shards.count:
         raise RuntimeError("a side lost images; nothing was timed")
-    return differences(ours, whole_size)
+    return ours, whole_size
 
 
 def measure(sides: Mapping[str, Callable[[], Seconds]], rounds: int, label: str) -> dict[str, list[Seconds]]:
@@ -201,25 +204,27 @@ def measured_of(
     )
 
 
-def in_process(folder: Path, label: str, plan: Plan, tools: Instruments) -> Size:
-    """Everything of one size that needs no Ray."""
+def in_process(folder: Path, label: str, plan: Plan, tools: Instruments) -> tuple[Size, Rows]:
+    """Everything of one size that needs no Ray; the rows that the gate saw."""
     place = folder / label
     shards = Shards(place, plan.images)
     image_bytes = write_images(shards.store, plan.images, SIZES[label], plan.per_shard)
-    changed = gate(shards, place, tools, plan.per_shard)
+    rows = gate(shards, place, tools, plan.per_shard)
     found = measure(sides_of(shards, place, tools, plan.per_shard), plan.rounds, label)
     our_pass(shards, LocalStore(place / "ours"), tools, plan.per_shard)  # the last round may have left other columns
     measured = measured_of(found, shards, LocalStore(place / "ours"), image_bytes, tools)
-    return Size(label, plan.images, image_bytes, found, changed, measured)
+    return Size(label, plan.images, image_bytes, found, differences(*rows), measured), rows
 
 
-def in_ray(folder: Path, plans: Mapping[str, Plan]) -> tuple[dict[str, list[tuple[float, float]]], float]:
+def in_ray(
+    folder: Path, config: EmbedConfig, plans: Mapping[str, Plan], truth: Mapping[str, Rows]
+) -> tuple[dict[str, list[tuple[float, float]]], float]:
     """(ours, plain) of every round by size, and what the idle cluster costs."""
     found, rates = {}, []
     with cluster() as clock:
         for label, plan in plans.items():
-            shards, few = Shards(folder / label, plan.images), Shards(folder / label, plan.few)
-            found[label], rate = marginal(clock, shards, few, CONFIG, plan.ray_rounds)
+            shards = Shards(folder / label, plan.few), Shards(folder / label, plan.images)
+            found[label], rate = marginal(clock, shards, truth[label], config, plan.ray_rounds)
             rates.append(rate)
     return found, statistics.mean(rates)
 
@@ -230,6 +235,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ray-rounds", type=int, default=3)
     parser.add_argument("--images", type=int, nargs=2, default=(192, 96), help="of the small and of the large size")
+    parser.add_argument("--ray-sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     arguments = parser.parse_args()
     if os.environ.get("OMP_NUM_THREADS") != "1":
         parser.error("every side has one thread; start it with OMP_NUM_THREADS=1")
@@ -248,12 +254,22 @@ def main() -> None:
     loads = [os.getloadavg()]
     with tempfile.TemporaryDirectory(prefix="heliostat-curate-") as name:
         folder = Path(name)
-        tools = OpenInstruments(CONFIG, LocalStore(folder))()
-        sizes = [in_process(folder, label, plan, tools) for label, plan in plans.items()]
+        config = EmbedConfig(
+            copy_embedder=shutil.copy(SHIPPED_WEIGHTS, folder),  # the same for all, whatever happens to the checkout meanwhile
+            detectors=DetectorsConfig(nsfw="opennsfw", faces="centerface"),
+        )
+        tools = OpenInstruments(config, LocalStore(folder))()
+        sizes, truth = [], {}
+        for label, plan in plans.items():
+            size, truth[label] = in_process(folder, label, plan, tools)
+            sizes.append(size)
         loads.append(os.getloadavg())
-        ray_costs, idle = in_ray(folder, plans)
+        ray_costs, idle = in_ray(folder, config, {label: plans[label] for label in arguments.ray_sizes}, truth)
     loads.append(os.getloadavg())
-    write_result("curate", result(sizes, ray_costs, (idle, NUM_CPUS), loads, plans[sizes[0].label].rounds), cpu_hardware())
+    command = " ".join(["OMP_NUM_THREADS=1 python benchmarks/curate.py", *sys.argv[1:]])
+    write_result(
+        "curate", result(sizes, ray_costs, (idle, NUM_CPUS), loads, rounds=arguments.rounds, command=command), cpu_hardware()
+    )
 
 
 if __name__ == "__main__":

@@ -104,7 +104,8 @@ def plain(shards: Shards, out: Path, config: EmbedConfig) -> pa.Table:
     rows = ray.data.read_webdataset([str(shards.folder / key) for key in shards.keys])
     pool = ray.data.ActorPoolStrategy(size=1)  # of two CPUs one is left to read and write
     arguments = (config, LocalStore(out))
-    measured = rows.map(to_floats).map(Measure, fn_constructor_args=arguments, compute=pool)
+    floats = rows.map(to_floats, num_cpus=0.5)  # with the resources of the others Ray would run it inside the actor
+    measured = floats.map(Measure, fn_constructor_args=arguments, compute=pool)
     measured.write_parquet(str(out / "plain"))
     return pq.read_table(out / "plain")
 
@@ -157,29 +158,25 @@ def idle_rate(clock: TreeClock) -> float:
 
 
 def marginal(
-    clock: TreeClock, shards: Shards, few: Shards, config: EmbedConfig, rounds: int
+    clock: TreeClock, shards: tuple[Shards, Shards], truth: tuple[pa.Table, pa.Table], config: EmbedConfig, rounds: int
 ) -> tuple[list[tuple[float, float]], float]:
     """(ours, plain) CPU milliseconds of one more image, a round each, without the idle cluster; and that cluster's rate.
 
-    The first round is the gate and warms up. Raises RuntimeError when the sides differ.
+    shards: a part of the images, and all of them. truth: the rows of ours, and of scripts that decode whole images as the plain
+    pipeline does, without Ray. A run of each side is the gate and warms up: RuntimeError when a side gives other rows.
     """
     idle = [idle_rate(clock)]
-    found = []
-    for number in range(rounds + 1):
-        runs = {side: (run(clock, side, few, config), run(clock, side, shards, config)) for side in _order(number)}
-        if not number:
-            check_same(runs[ours][1].rows, runs[plain][1].rows, "Ray Data")
-            idle.append(idle_rate(clock))
-            continue
-        rate = sum(idle) / len(idle)
+    few, every = shards
+    for side, expected in zip((ours, plain), truth, strict=True):
+        check_same(expected, run(clock, side, every, config).rows, f"{side.__name__} inside Ray")
+    idle.append(idle_rate(clock))
+    rate, found = sum(idle) / len(idle), []
+    for number in range(rounds):
         cost = {}
-        for side, (less, more) in runs.items():
+        for side in (ours, plain) if number % 2 else (plain, ours):
+            less, more = run(clock, side, few, config), run(clock, side, every, config)
             busy = (more.cpu - less.cpu) - rate * (more.wall - less.wall)
             cost[side] = busy / (more.rows.num_rows - less.rows.num_rows) * 1e3
         found.append((cost[ours], cost[plain]))
         print(f"Ray, round {number}: ours {cost[ours]:.1f}, plain {cost[plain]:.1f} CPU ms an image", flush=True)
-    return found, sum(idle) / len(idle)
-
-
-def _order(number: int) -> tuple[Side, Side]:
-    return (ours, plain) if number % 2 else (plain, ours)
+    return found, rate

@@ -1,7 +1,7 @@
 """What curating a crawl of any size costs: a formula over what curate.py measures and assumptions that are all named here.
 
-Left out, each below a hundredth of the whole: fitting centroids, connected components, k-means, balance, the decisions' arrays.
-Left out because it depends on the crawl: fetching, and encoding again what is blurred.
+Left out, each below a hundredth of the whole: fitting centroids, connected components, k-means, balance. Left out because they
+depend on the crawl and on the sets: fetching, retrieval, encoding again what is blurred, packing.
 """
 
 import math

@@ -50,14 +50,16 @@ def result(
     ray_costs: Mapping[str, Sequence[tuple[float, float]]],
     idle_and_cpus: tuple[float, int],
     loads: Sequence[tuple[float, float, float]],
+    *,
     rounds: int,
+    command: str,
 ) -> list[str]:
     """All lines."""
     load = "; ".join(", ".join(f"{value:.1f}" for value in one) for one in loads)
     lines = [
         f"# Curating a crawl, {today()}",
         "",
-        f"{versions()}, Ray {ray.__version__}. Command: `OMP_NUM_THREADS=1 python benchmarks/curate.py`. Medians of {rounds} "
+        f"{versions()}, Ray {ray.__version__}. Command: `{command}`. Medians of {rounds} interleaved "
         f"rounds ({len(next(iter(ray_costs.values())))} inside Ray), spread in brackets; quotients are taken within "
         "a round. Figures are CPU time.",
         "",
@@ -80,10 +82,9 @@ def _size_lines(size: Size) -> list[str]:
         f"## JPEG {size.label}, {size.image_bytes / 1000:.0f} kB, {size.images} images a round",
         "",
         "The gate: on the same pixels ours and the scripts gave the same ids, hashes, scores, numbers of faces and vectors "
-        f"within float16. Where scripts decode whole images and the pass down to {LEAST_SIDE_PIXELS} pixels, hashes differ by at "
-        f"most "
-        f"{changed['bits']:.0f} of 64 bits, vectors have a cosine of at least {changed['cosine']:.4f}, NSFW scores differ "
-        f"by at most {changed['nsfw']:.3f}, and {changed['faces']:.0f} of {size.images} images have another number of faces.",
+        f"within float16. Where scripts decode whole images and the pass down to {LEAST_SIDE_PIXELS} pixels, hashes differ by "
+        f"at most {changed['bits']:.0f} of 64 bits, vectors have a cosine of at least {changed['cosine']:.4f}, NSFW scores "
+        f"differ by at most {changed['nsfw']:.3f}, and {changed['faces']:.0f} of {size.images} have another number of faces.",
         "",
         "| side | CPU ms an image | images per CPU-second | share of the bare loop's speed | of the same decoding's |",
         "|---|---|---|---|---|",
@@ -105,7 +106,14 @@ def _part_lines(size: Size) -> list[str]:
         cpu = [row[part] / size.images * 1e3 for row in rows]
         lines.append(f"| {part} | {spread(cpu)} | {statistics.median(row[part] / row['all'] for row in rows):.1%} |")
     rest = statistics.median(1 - sum(row[part] for part in PARTS) / row["all"] for row in rows)
-    return [*lines, f"| between the parts | | {rest:.1%} |"]
+    share = {part: statistics.median(row[part] / row["all"] for row in rows) for part in PARTS}
+    most = max(share, key=lambda part: share[part])
+    return [
+        *lines,
+        f"| between the parts | | {rest:.1%} |",
+        "",
+        f"The bottleneck is {most} with {share[most]:.0%}; decoding is {share['decode']:.0%}.",
+    ]
 
 
 def _script_lines(size: Size) -> list[str]:
@@ -126,8 +134,9 @@ def _ray_lines(costs: Mapping[str, Sequence[tuple[float, float]]], idle: float, 
         "",
         f"A local Ray of {num_cpus} CPUs. The cost of one more image: a run over all images less a run over the first third, "
         f"CPU time of the whole process tree, without the idle cluster ({idle * 1e3:.0f} CPU ms a second). Plain: "
-        "`read_webdataset` with its default decoder, a map to float32, a map in an actor with the same instruments, "
-        "`write_parquet`. Ours: the embed stage's `FeatureShard` through `RayTasks`. The gate held between them.",
+        "`read_webdataset` with its default decoder, a map to float32 as a stage of its own, a map in an actor with the same "
+        "instruments, `write_parquet`. Ours: the embed stage's `FeatureShard` through `RayTasks`. The gate: each gives what it "
+        "gives without Ray.",
         "",
         "| size | ours, CPU ms an image | plain | plain / ours |",
         "|---|---|---|---|",
@@ -147,19 +156,22 @@ def _projection_lines(sizes: Sequence[Size]) -> list[str]:
         f"## Projected to {assumed.num_images:,} images",
         "",
         "By formula (benchmarks/curate_projection.py) from the CPU times above; nothing below was run. Images of a crawl "
-        "differ in size, and both sizes are given.",
+        "differ in size, and both sizes are given. Left out, each below a hundredth of the whole: fitting centroids, connected "
+        "components, k-means, balance. Left out because they depend on the crawl and the sets: fetching, retrieval (10^6 "
+        "queries are 3e18 FLOPs at 1,280 values), blurring, packing what stays.",
         "",
         f"The join by buckets at its defaults: {work.comparisons:.3g} comparisons (of {assumed.num_images**2 / 2:.3g} pairs) "
         f"and {work.products:.3g} products with centroids at {first.dimension} values; measured here on one core "
         f"{first.join_rate / 1e9:.0f} and {first.assign_rate / 1e9:.0f} GFLOP/s, searching included. Copy network "
         f"{first.copy_flops / 1e9:.2f} GFLOP an image and its mirror image; pixels for it on a GPU "
-        f"{first.prepare_ms['copy']:.2f} CPU ms, for a semantic embedder {first.prepare_ms['semantic']:.2f}. A row of features without vectors "
-        f"{first.feature_bytes:.0f} bytes.",
+        f"{first.prepare_ms['copy']:.2f} CPU ms, for a semantic embedder {first.prepare_ms['semantic']:.2f}. A row of "
+        f"features without vectors {first.feature_bytes:.0f} bytes.",
         "",
         f"Its {work.tasks:,} tasks read all offsets of {work.strips:,} strips: "
-        f"{offsets_traffic_bytes(assumed.num_images, JoinConfig()) / 1e15:.1f} PB beside "
-        f"{assumed.num_images * JoinConfig().overlap * (12 + 2 * first.dimension) / 1e15:.3f} PB of vectors; no money within a "
-        "region by the assumptions, and time that is not counted here. join.rows_per_strip divides both it and the requests.",
+        f"{offsets_traffic_bytes(assumed.num_images, JoinConfig()) / 1e12:,.0f} TB beside "
+        f"{assumed.num_images * JoinConfig().overlap * (12 + 2 * first.dimension) / 1e12:,.0f} TB of vectors, and its requests "
+        "are most of all. By the assumptions traffic within a region is free; its time is not counted. `join.rows_per_strip` "
+        "divides both.",
         "",
     ]
     for size in sizes:
@@ -201,7 +213,7 @@ def _context_lines(assumed: Assumptions) -> list[str]:
         "",
         "- DINOv2 (arXiv 2304.07193): deduplication and retrieval on 20 nodes of 8 V100-32GB in less than two days, at most "
         "7,680 V100-hours; embedding and decoding are not in it.",
-        "- NeMo Curator gates its own nightly benchmark (decode, CLIP ViT-L/14, aesthetic score, write) at 350 images/s by "
-        f"Ray Data and 900 by Xenna on 8 GPUs: as floors for as many images {floors[350]:,.0f} and {floors[900]:,.0f} GPU-hours.",
+        "- NeMo Curator gates its own nightly benchmark (decode, CLIP ViT-L/14, aesthetic score, write) at 350 images/s "
+        f"by Ray Data and 900 by Xenna on 8 GPUs: for as many images {floors[350]:,.0f} and {floors[900]:,.0f} GPU-hours.",
         "",
     ]

@@ -332,7 +332,7 @@ def test_artifacts_are_listed_sorted_and_foreign_files_are_not_artifacts(artifac
     ["model/a", "model/a@", "a@1", "models/a@1", "model/a b@1", "model/../x@1", "model/a@1\n", "model/a@1/x", "model/@1"],
 )
 def test_what_is_not_an_artifact_name_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match=r"is not an artifact; write kind/name@version with kind one of raw, curated, model"):
+    with pytest.raises(UsageError, match=r"is not an artifact; write kind/name@version with kind one of raw, features, copies"):
         ArtifactRef.parse(text)
 
 

@@ -80,6 +80,8 @@ class ArtifactRecord(BaseModel):
     metrics: dict[str, float] = {}
     files: dict[str, FileRecord] = {}
     created: str = ""
+    revisions: list[str] = []
+    """Requests to forget that changed its files since (digests in `forgotten/` of the store)."""
 
     @property
     def ref(self) -> ArtifactRef:

@@ -115,12 +115,12 @@ def dispatch(request: Request) -> None:
         verbs.print_artifacts(request.overrides)
     elif request.verb == "why":
         if not 1 <= len(request.words) <= 2:
-            raise UsageError("heliostat why takes an image id or source, and a curated artifact before it; see heliostat --help")
+            raise UsageError("heliostat why takes an id or source, a curated artifact before it if need be; see --help")
         verbs.print_why(*(request.words if len(request.words) == 2 else ("", request.words[0])), request.overrides)
     elif request.verb == "what-if":
         verbs.print_what_if(_one_word(request, "curated artifact", "-").removeprefix("-"), request.overrides)
     elif request.verb == "forget":
-        verbs.forget(_one_word(request, "image id, URL or domain"), request.overrides, dry_run=request.dry_run)
+        verbs.forget_images(_one_word(request, "image id, URL or domain"), request.overrides, dry_run=request.dry_run)
     elif request.verb == "shard":
         source = _one_word(request, "folder, list, tar or Parquet file")
         verbs.shard(source, request.overrides, dry_run=request.dry_run)

@@ -67,9 +67,16 @@ _TABLE = (
         "train/kl_to_teacher", "nats", "divergence of the student from its targets, mean over the global pairs: 0 all learnt"
     ),
     Metric("train/collapse_signs", "1", "signs of collapse after the warm-ups: 0 healthy", live=True),
-    Metric("curate/rows_in", "images", "images that entered curation", live=True),
+    Metric("crawl/urls", "urls", "distinct URLs that the crawl planned to fetch"),
+    Metric("crawl/images", "images", "images that the crawl brought, repeated ones included"),
+    Metric("crawl/tasks_done", "tasks", "download tasks whose shards and fetch log are complete", live=True),
+    Metric("dedup/rows_in", "images", "images that entered dedup, those of earlier crawls included"),
+    Metric("dedup/rows_kept", "images", "images that neither a filter, nor a better copy, nor an evaluation image dropped"),
+    Metric("dedup/edges", "pairs", "similar pairs that the join stored, from the edge floor on"),
+    Metric("dedup/edge_recall", "1", "share of the edges of a sample that the join found, by exact search"),
+    Metric("curate/rows_in", "images", "images and URLs that the funnel of the curation begins with", live=True),
     Metric("curate/rows_kept", "images", "images in the curated set", live=True),
-    Metric("curate/shards_done", "shards", "shards whose embeddings are complete", live=True),
+    Metric("curate/shards_done", "tasks", "tasks of the embed stage whose features are complete", live=True),
     Metric("evaluate/knn_accuracy", "1", "weighted k-NN top-1 accuracy on held-out images"),
     Metric(
         "publish/largest_difference",

@@ -1,10 +1,17 @@
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from heliostat.curation.copies_config import JoinConfig
+from heliostat.curation.embed import ThumbnailEmbedder
+from heliostat.curation.features import Instruments
+from heliostat.curation.pca_hash import PcaHash
 from heliostat.models.config import BackboneConfig
+from heliostat.storage import LocalStore
 
 ROOT = Path(__file__).parents[2]
 
@@ -129,3 +136,86 @@ def test_the_sum_is_the_sum_and_every_assumption_is_listed(projection):
 def test_a_semantic_embedder_without_a_card_is_refused(projection):
     with pytest.raises(ValueError, match="name the card"):
         projection.project(measured(projection), projection.Assumptions(), semantic=projection.SEMANTIC["ViT-L/14"])
+
+
+class BrightnessDetector:
+    """Scores and one box an image, from its pixels."""
+
+    name = version = "brightness"
+
+    def scores(self, images):
+        return np.array([image.mean() / 255 for image in images], np.float32)
+
+    def boxes(self, images):
+        return [np.full((int(image.mean()) % 3, 5), 0.5, np.float32) for image in images]
+
+
+@pytest.fixture
+def small(sides, tmp_path):
+    """Shards of five images of 96 x 72 and instruments without networks."""
+    sides.write_images(LocalStore(tmp_path / "raw"), 5, (96, 72), 2)
+    detector = BrightnessDetector()
+    tools = Instruments(hash=PcaHash.load(), nsfw=detector, faces=detector, copy=ThumbnailEmbedder(), semantic=None)
+    (tmp_path / "scripts").mkdir()
+    return sides.Shards(tmp_path / "raw", 5), tools
+
+
+def test_our_pass_and_the_scripts_give_the_same_rows_and_every_part_of_the_time_is_counted(sides, small, tmp_path):
+    shards, tools = small
+    spent = sides.our_pass(shards, LocalStore(tmp_path / "ours"), tools, 2)
+    theirs, rows = sides.one_script_per_question(shards, tmp_path / "scripts", tools)
+    ours = sides.read_features(LocalStore(tmp_path / "ours"))
+    sides.check_same(ours, rows, "the scripts")
+    assert ours.num_rows == rows.num_rows == 5
+    parts = sum(seconds for part, seconds in spent.items() if part != "all")
+    assert 0 < parts <= spent["all"]
+    assert theirs["all"] == pytest.approx(sum(theirs[part] for part in ("hash", "nsfw", "faces", "copy")))
+
+
+def test_the_gate_sees_other_pixels(sides, small, tmp_path):
+    shards, tools = small
+    sides.our_pass(shards, LocalStore(tmp_path / "ours"), tools, 2)
+    _, rows = sides.one_script_per_question(shards, tmp_path / "scripts", tools, lambda data: sides.pillow(data)[::-1].copy())
+    with pytest.raises(RuntimeError, match="nothing was timed"):
+        sides.check_same(sides.read_features(LocalStore(tmp_path / "ours")), rows, "the scripts")
+
+
+@pytest.mark.parametrize(
+    ("column", "change"),
+    [
+        ("id", lambda value: value[::-1]),
+        ("pca_code", lambda value: value ^ 1),
+        ("pca_coarse", lambda value: value[::-1]),
+        ("nsfw", lambda value: value + 1e-3),
+        ("num_faces", lambda value: value + 1),
+        ("copy", lambda value: [value[0] + 0.01, *value[1:]]),
+    ],
+)
+def test_the_gate_sees_one_other_value_in_any_column(sides, small, tmp_path, column, change):
+    import pyarrow as pa
+
+    shards, tools = small
+    _, rows = sides.one_script_per_question(shards, tmp_path / "scripts", tools)
+    values = rows[column].to_pylist()
+    changed = pa.array([change(values[0]), *values[1:]], rows[column].type)
+    other = rows.set_column(rows.column_names.index(column), column, changed)
+    sides.check_same(rows, rows, "itself")
+    with pytest.raises(RuntimeError, match="nothing was timed"):
+        sides.check_same(rows, other, "another")
+
+
+def test_a_part_of_the_shards_is_whole_tars_from_the_first(sides, small):
+    shards, _ = small
+    part = sides.Shards(shards.folder, 4)
+    assert part.keys == shards.keys[:2]
+    assert [bytes(data) for data in part.files()] == [bytes(data) for data in shards.files()][:4]
+
+
+def test_the_clock_of_the_tree_counts_a_child_that_has_ended(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    clock = importlib.import_module("curate_in_ray").TreeClock()
+    before = clock.seconds()
+    subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 1.2: pass"], check=True)
+    spent = clock.seconds() - before
+    clock.stop()
+    assert 0.5 < spent < 3.0

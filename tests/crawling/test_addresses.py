@@ -19,6 +19,8 @@ from heliostat.crawling.urls import url_filter
 from heliostat.crawling.visit import Visited, Visitor
 
 _connects: list[str] = []
+_refused_sockets: list[int] = []
+"""How many sockets the last gate refused, for each client that was used past the filter."""
 
 
 def _note(event: str, arguments: tuple[object, ...]) -> None:
@@ -70,6 +72,7 @@ def get_past_the_filter(urls: list[str], lookup: object, allowed: tuple[str, ...
                     reasons.append("ok")
                 except FetchFailed as failure:
                     reasons.append(failure.reason)
+            _refused_sockets.append(client.num_refused_sockets)
         return reasons
 
     return asyncio.run(run())
@@ -102,14 +105,17 @@ def test_the_client_alone_connects_to_none_of_the_spellings(connects: list[str])
     urls = [f"http://{host}/a.png" for host in forbidden_hosts() if host.isascii() and "%" not in host]
     assert len(urls) > 300
     assert "ok" not in get_past_the_filter(urls, system)
+    assert _refused_sockets[-1] > 0, "addresses as such pass by the resolver"
     assert connects == []
 
 
 def test_a_name_that_leads_to_a_forbidden_address_is_refused(connects: list[str]) -> None:
+    _refused_sockets.clear()
     for address in (*ADDRESSES, *IPV6, "::ffff:127.0.0.1", "64:ff9b::a9fe:a9fe", "fe80::1%1"):
         assert get_past_the_filter(["http://innocent.example.org/"], lambda *_, a=address: [a]) == ["forbidden_address"], (
             address
         )
+    assert set(_refused_sockets) == {0}, "the resolver was there first"
     assert connects == []
 
 

@@ -74,7 +74,7 @@ def test_a_restricted_domain_stands_for_everything_below_it(tmp_path: Path) -> N
 
 def test_a_list_of_domains_that_is_missing_or_wrong_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("not a domain\n")
-    for entry in (f"{tmp_path}/list.txt", f"{tmp_path}/absent.txt"):
+    for entry in (f"{tmp_path}/list.txt", f"{tmp_path}/absent.txt", "list.txt"):
         with pytest.raises(DataError):
             url_filter(UrlFilterConfig(restricted_domains=(entry,)))
 

@@ -36,7 +36,7 @@ def random_graph(seed: int) -> tuple[int, np.ndarray, np.ndarray]:
     return num_nodes, *generator.integers(num_nodes, size=(2, int(generator.integers(0, 2 * num_nodes))))
 
 
-def over_files(folder, num_nodes, first, second, num_files, threshold=0.5) -> np.ndarray:
+def over_files(folder, num_nodes, first, second, *, num_files=1, threshold=0.5) -> np.ndarray:
     files = LocalStore(folder / "files")
     for number, part in enumerate(np.array_split(np.arange(len(first)), num_files)):
         similarity = np.full(len(part), 0.75, np.float32)
@@ -50,7 +50,7 @@ def test_random_graphs_equal_a_breadth_first_search_in_memory_and_over_files(tmp
     num_nodes, first, second = random_graph(seed)
     expected = walk(num_nodes, first, second)
     assert connected_components(num_nodes, first, second).tolist() == expected
-    assert over_files(tmp_path, num_nodes, first, second, 1 + seed % 5).tolist() == expected
+    assert over_files(tmp_path, num_nodes, first, second, num_files=1 + seed % 5).tolist() == expected
     monkeypatch.setattr(components, "MAX_COMPILED", 0)
     assert connected_components(num_nodes, first, second).tolist() == expected
 
@@ -58,7 +58,7 @@ def test_random_graphs_equal_a_breadth_first_search_in_memory_and_over_files(tmp
 def test_a_long_chain_in_random_order_is_one_component_labelled_by_its_smallest_node(tmp_path):
     order = np.random.default_rng(0).permutation(5_000)
     assert not connected_components(5_000, order[:-1], order[1:]).any()
-    assert not over_files(tmp_path, 5_000, order[:-1], order[1:], 7).any()
+    assert not over_files(tmp_path, 5_000, order[:-1], order[1:], num_files=7).any()
 
 
 def test_stars_name_each_inner_row_once_with_the_smallest_row_it_hangs_together_with():
@@ -68,8 +68,8 @@ def test_stars_name_each_inner_row_once_with_the_smallest_row_it_hangs_together_
 
 def test_edges_at_the_threshold_do_not_connect_and_no_edges_leave_every_row_alone(tmp_path):
     first, second = np.array([0, 1]), np.array([1, 2])
-    assert over_files(tmp_path / "at", 4, first, second, 1, threshold=0.75).tolist() == [0, 1, 2, 3]
-    assert over_files(tmp_path / "none", 3, first[:0], second[:0], 1).tolist() == [0, 1, 2]
+    assert over_files(tmp_path / "at", 4, first, second, num_files=1, threshold=0.75).tolist() == [0, 1, 2, 3]
+    assert over_files(tmp_path / "none", 3, first[:0], second[:0], num_files=1).tolist() == [0, 1, 2]
     assert connected_components(0, first[:0], second[:0]).tolist() == []
 
 
@@ -77,4 +77,4 @@ def test_edges_of_rows_that_the_pool_does_not_have_are_refused(tmp_path):
     with pytest.raises(DataError, match="names row 2, the pool has 2"):
         connected_components(2, np.array([0]), np.array([2]))
     with pytest.raises(DataError, match="names row 7, the pool has 3"):
-        over_files(tmp_path, 3, np.array([0]), np.array([7]), 1)
+        over_files(tmp_path, 3, np.array([0]), np.array([7]), num_files=1)

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from similar_vectors import on_a_circle, planted, similarity_matrix, slow_representatives
 
-from heliostat.curation import copies
-from heliostat.curation.copies import components_at, find_copies, partitions_of
+from heliostat.curation import copies, copies_shuffle
+from heliostat.curation.copies import components_at, find_copies
 from heliostat.curation.copies_config import CopyLimits, JoinConfig
 from heliostat.curation.copies_report import describe_copies, size_histogram
+from heliostat.curation.copies_shuffle import partitions_of
 from heliostat.curation.join import self_join
 from heliostat.curation.tasks import run_serially
 from heliostat.curation.vectors import ArrayVectors
@@ -27,7 +28,8 @@ def joined(folder, vectors: np.ndarray, floor: float = 0.45, **keywords):
     return pool, (files, "edges/")
 
 
-def found_in(folder, vectors, rank, asked, floor: float = 0.45, present=None, **keywords):
+def found_in(folder, vectors, rank, asked, *, present=None, **keywords):
+    floor = 0.45
     pool, edges = joined(folder, vectors, floor, **keywords)
     work = LocalStore(folder / "copies")
     return find_copies(edges, pool, rank, asked, edge_floor=floor, work=work, run=run_serially, present=present)
@@ -35,8 +37,8 @@ def found_in(folder, vectors, rank, asked, floor: float = 0.45, present=None, **
 
 @pytest.mark.parametrize("seed", range(4))
 def test_copies_of_partitions_equal_a_slow_version_over_all(tmp_path, monkeypatch, seed):
-    monkeypatch.setattr(copies, "MEMBERS_PER_PARTITION", 20)
-    monkeypatch.setattr(copies, "ROWS_PER_PIECE", 70)
+    monkeypatch.setattr(copies_shuffle, "MEMBERS_PER_PARTITION", 20)
+    monkeypatch.setattr(copies_shuffle, "ROWS_PER_PIECE", 70)
     monkeypatch.setattr(copies, "ROWS_PER_STRIP", 64)
     vectors, rank = planted(300, 16, seed), np.random.default_rng(seed).permutation(300)
     found = found_in(tmp_path, vectors, rank, limits(0.7, 0.65))
@@ -116,7 +118,12 @@ def test_no_image_and_one_image_are_copies_of_nothing(tmp_path):
     assert (one.component.tolist(), one.nearest.tolist(), one.nearest_similarity.tolist()) == ([0], [-1], [-1.0])
     for found, images in ((none, 0), (one, 1)):
         report = describe_copies(found)
-        assert (report.num_images, report.num_singletons, report.num_components, report.mean_similarity) == (images, images, 0, None)
+        assert (report.num_images, report.num_singletons, report.num_components, report.mean_similarity) == (
+            images,
+            images,
+            0,
+            None,
+        )
 
 
 def test_the_report_says_what_the_guard_did(tmp_path):
@@ -136,7 +143,7 @@ def test_the_histogram_of_sizes_doubles():
 
 
 def test_partitions_hold_whole_components_and_leave_out_images_alone(monkeypatch):
-    monkeypatch.setattr(copies, "MEMBERS_PER_PARTITION", 4)
+    monkeypatch.setattr(copies_shuffle, "MEMBERS_PER_PARTITION", 4)
     label = np.array([0, 1, 0, 3, 3, 3, 3, 3, 3, 9, 10, 10, 10, 10])[np.r_[0:14]]
     partition, count = partitions_of(label)
     assert partition.tolist() == [0, -1, 0, 0, 0, 0, 0, 0, 0, -1, 1, 1, 1, 1]
@@ -146,11 +153,11 @@ def test_partitions_hold_whole_components_and_leave_out_images_alone(monkeypatch
 def test_inputs_that_cannot_be_are_refused(tmp_path):
     pool, edges = joined(tmp_path, planted(20, 8))
     work = LocalStore(tmp_path / "c")
-    with pytest.raises(DataError, match="20 vectors for 19 images"):
+    with pytest.raises(DataError, match=r"20 vectors for 19 images"):
         find_copies(edges, pool, np.arange(19), limits(0.6), edge_floor=0.45, work=work, run=run_serially)
     with pytest.raises(DataError, match="not an order of the 20 images"):
         find_copies(edges, pool, np.zeros(20, np.int64), limits(0.6), edge_floor=0.45, work=work, run=run_serially)
-    with pytest.raises(UsageError, match="threshold 0.4 is below 0.45"):
+    with pytest.raises(UsageError, match=r"threshold 0.4 is below 0.45"):
         components_at(edges, np.arange(20), limits(0.4), edge_floor=0.45)
     less = ArrayVectors(planted(20, 8), kept=np.zeros(20, np.bool_))
     with pytest.raises(DataError, match="which has no vector"):

@@ -4,15 +4,18 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 
-from heliostat.curation.config import THUMBNAIL_LIMITS
 from heliostat.curation.copies import find_copies
+from heliostat.curation.copies_config import THUMBNAIL_LIMITS, JoinConfig
 from heliostat.curation.embed import BackboneEmbedder, ThumbnailEmbedder, thumbnail_embedding
+from heliostat.curation.join import self_join
+from heliostat.curation.tasks import run_serially
+from heliostat.curation.vectors import ArrayVectors
 from heliostat.data.photographs import photograph, photographs
 from heliostat.errors import DataError
+from heliostat.storage import LocalStore
 
 KINDS = ("jpeg", "resize", "brightness", "crop", "flip")
 
@@ -50,7 +53,7 @@ def disjoint_crops(per_photograph: int = 20) -> list[np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def scored() -> tuple[float, float, dict[str, float]]:
+def scored(tmp_path_factory) -> tuple[float, float, dict[str, float]]:
     """Precision of the drops, recall, and recall per kind of change at the shipped limits."""
     generator = np.random.default_rng(1)
     originals = disjoint_crops()
@@ -58,16 +61,14 @@ def scored() -> tuple[float, float, dict[str, float]]:
     kinds = np.array([KINDS[number % len(KINDS)] for number in range(len(rows))])
     images = originals + [changed(originals[row], kind, generator) for row, kind in zip(rows, kinds, strict=True)]
     true_group = np.concatenate([np.arange(len(originals)), rows])
-    quality = pa.table(
-        {
-            "id": [f"{number:06d}" for number in range(len(images))],
-            "width": pa.array([image.shape[1] for image in images], pa.int32()),
-            "height": pa.array([image.shape[0] for image in images], pa.int32()),
-            "format": ["png"] * len(images),
-            "bytes": pa.array([1] * len(images), pa.int64()),
-        }
-    )
-    found = find_copies(ThumbnailEmbedder()(images), quality, THUMBNAIL_LIMITS)
+    rank = np.empty(len(images), np.int64)
+    rank[np.argsort([-image.shape[0] * image.shape[1] for image in images], kind="stable")] = np.arange(len(images))
+    folder, floor = tmp_path_factory.mktemp("thumbnail"), THUMBNAIL_LIMITS.min_similarity_to_representative
+    files, pool = LocalStore(folder / "files"), ArrayVectors(ThumbnailEmbedder()(images))
+    config = JoinConfig(via="exact", edge_floor=floor)
+    self_join(pool, files=files, prefix="edges/", work=LocalStore(folder / "join"), config=config, run=run_serially)
+    edges, work = (files, "edges/"), LocalStore(folder / "copies")
+    found = find_copies(edges, pool, rank, THUMBNAIL_LIMITS, edge_floor=floor, work=work, run=run_serially)
     hit = found.component[rows] == found.component[len(originals) :]
     right = true_group[found.representative] == true_group
     by_kind = {kind: float(hit[kinds == kind].mean()) for kind in KINDS}

@@ -305,6 +305,17 @@ def test_shards_left_in_place_are_named_and_not_touched(tmp_path):
     assert manifest_from_bytes(raw.files.read("manifest.parquet"))["id"].to_pylist() == [IDS[0], IDS[2]]
 
 
+def test_a_name_that_is_no_url_is_forgotten_where_it_stands_alone(tmp_path):
+    artifacts = make_store(tmp_path)
+    forget(artifacts, "source:plain")
+    raw = artifacts.load(ArtifactRef.parse("raw/pool@1"))
+    assert raw.read_json("truth.json")["list"] == [URLS[2], "(forgotten)"]
+    assert len(raw.read_json("truth.json")) == 2
+    forget(artifacts, "source:y")
+    assert [one.source for one in quarantine_from_bytes(raw.files.read("quarantine.parquet"))] == [f"{URLS[2]}#"]
+    verify(artifacts.load(raw.ref))
+
+
 def test_a_tar_with_zeros_still_walks_and_gives_all_other_images():
     tar = write_shard(IMAGES[:4])
     entries = index_shard(tar)

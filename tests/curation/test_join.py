@@ -65,7 +65,9 @@ def test_buckets_that_cover_each_other_and_split_find_what_the_exact_join_finds(
     everything = config("buckets", overlap=10)
     _, files = join(tmp_path / "one", ArrayVectors(vectors), everything)
     assert stored(files) == slow_edges(vectors, 0.45, 4)
-    split, files = join(tmp_path / "split", ArrayVectors(vectors), config("buckets", overlap=4, max_bucket_rows=200, neighbors=64))
+    split, files = join(
+        tmp_path / "split", ArrayVectors(vectors), config("buckets", overlap=4, max_bucket_rows=200, neighbors=64)
+    )
     assert set(stored(files)) <= set(slow_edges(vectors, 0.45, 64))
     assert split.audit.recall > 0.9
 

@@ -21,8 +21,9 @@ from heliostat.curation.ledger import (
     same_reason,
 )
 from heliostat.curation.ledger_facts import LedgerFacts, RetrievedBy, hex_to_ids, ids_to_hex
+from heliostat.curation.ledger_keys import hash_strings
 from heliostat.curation.ledger_read import open_ledger
-from heliostat.curation.ledger_write import StoredRows, TableRows, hash_strings, to_parquet, write_ledger
+from heliostat.curation.ledger_write import TableRows, to_parquet, write_ledger
 from heliostat.curation.report import render_funnel
 from heliostat.curation.tasks import run_serially
 from heliostat.errors import DataError
@@ -269,41 +270,6 @@ def test_the_bytes_do_not_depend_on_the_order_of_tasks_and_survive_interruptions
     assert contents(one.uri) == contents(two.uri) == contents(three.uri)
     write_ledger(four, split(table, 7), facts, decisions, **settings)
     assert contents(four.uri) == contents(two.uri)
-
-
-def test_what_a_crawl_knows_of_an_image_comes_into_its_row(tmp_path):
-    table, facts, decisions = random_pool(120, seed=7)
-    known = table.select(["id", "source"]).slice(0, 60).to_pylist()
-    rows = [{**row, "page": f"https://page/{n}", "robots": "allowed", "bytes": 3} for n, row in enumerate(known)]
-    rows += [{**rows[0], "page": "https://another"}, {"id": None, "source": known[1]["source"], "page": "https://lost"}]
-    rows += [{"id": known[2]["id"], "source": "https://elsewhere/", "page": "https://unknown"}]
-    evidence = pa.Table.from_pylist(rows)
-    write_ledger(
-        LocalStore(tmp_path), split(table, 50), facts, decisions, evidence=split(evidence, 25), rows_per_file=32
-    )  # fmt: skip
-    pages = {}
-    for row in sorted(rows, key=lambda row: row["page"]):
-        pages.setdefault((row["id"], row["source"]), row["page"])
-    found = pa.concat_tables(open_ledger(LocalStore(tmp_path)).rows()).to_pylist()
-    assert len(found) == 120
-    for row in found:
-        assert row["page"] == pages.get((row["id"], row["source"]))
-        assert row["robots"] == ("allowed" if row["page"] else None)
-    plain = slow_rows(table, facts, decisions)
-    assert [{**row, "page": None, "robots": None} for row in found] == plain
-
-
-def test_features_files_are_read_without_their_vectors(tmp_path):
-    table, facts, decisions = random_pool(20, seed=4)
-    store = LocalStore(tmp_path / "features")
-    with_vectors = table.append_column("copy", pa.array([b"x" * 64] * 20))
-    for block in range(2):
-        store.put(f"rows/{block:06d}.parquet", to_parquet(with_vectors.slice(10 * block, 10)))
-    rows = StoredRows(tuple((store, f"rows/{block:06d}.parquet") for block in range(2)), (0, 10, 20))
-    assert "copy" not in rows.read(0).column_names
-    write_ledger(LocalStore(tmp_path / "a"), rows, facts, decisions)
-    write_ledger(LocalStore(tmp_path / "b"), split(table, 10), facts, decisions)
-    assert LocalStore(tmp_path / "a").read("ledger/000000.parquet") == LocalStore(tmp_path / "b").read("ledger/000000.parquet")
 
 
 @pytest.mark.parametrize("count", [0, 1])

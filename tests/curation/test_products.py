@@ -40,7 +40,11 @@ def test_the_bound_of_each_fast_product_is_above_its_error_on_unit_vectors():
     # Nearly equal values everywhere are the worst case: all roundings of the operands go the same way.
     generator = np.random.default_rng(0)
     worst = np.full((64, 512), 1.0) + generator.uniform(-0.02, 0.02, (64, 512))
-    for vectors in (planted(400, 512), planted(400, 16), (worst / np.linalg.norm(worst, axis=1, keepdims=True)).astype(np.float16)):
+    for vectors in (
+        planted(400, 512),
+        planted(400, 16),
+        (worst / np.linalg.norm(worst, axis=1, keepdims=True)).astype(np.float16),
+    ):
         exact = similarity_matrix(vectors, vectors)
         for dtype, bound in products.ERROR.items():
             fast = torch.from_numpy(vectors).to(dtype)

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from heliostat.curation.curation_report import ReportData, balance_of, render_report, report_json, size_classes, write_report
+from heliostat.curation.curation_report import ReportData, balance_of, render_report, report_json, write_report
 from heliostat.curation.image_statistics import ImageStatistics
 from heliostat.curation.ledger import Decisions, FunnelStep, Verdicts, same_reason
 from heliostat.curation.ledger_facts import LedgerFacts
@@ -297,7 +297,7 @@ def hostile_report(texts: list[str]) -> ReportData:
         {text(): statistics.as_dict()},
         {text(): {**score, "recall_by_kind": {text(): asdict(share(0, 0))}}, text(): {"recall_by_kind": {}}},
         [{"low": 0.45, "high": 0.6, "num_true": 10, "num_found": 9}],
-        {text(): text(), "sizes": {text(): 3}},
+        {text(): text(), "largest": [7, 5], "none": None, "size_histogram": {text(): 3}},
         [{"level": text(), "num_clusters": 3, "before": sizes, "after": sizes}],
         [{"dataset": text(), "images": 5, "mode": text(), "retrieved": None, "final": 5, "added": 5}],
         [{"set": text(), "num_images": 0, "num_that_retrieved": 0}],
@@ -366,7 +366,7 @@ def test_the_report_holds_the_same_numbers_as_its_json(tmp_path):
     assert known["times"][0]["cpu_seconds_per_1000_images"] == 200.0
     assert known["times"][1]["images_per_second"] == 0.0
     assert known["edge_recall"] == 0.9
-    for shown in ("70.0 %", "90.0 % of 10", data.times[1]["stage"], "75.0 %", "none planted"):
+    for shown in ("70.0 %", "7, 5", "90.0 %", "of 10, 59.6-98.2", data.times[1]["stage"], "75.0 %", "none planted"):
         assert shown in text
 
 
@@ -391,7 +391,6 @@ def test_balance_figures_are_those_of_their_definitions():
     assert balance_of(np.full(5, 7))["gini"] == pytest.approx(0)
     assert balance_of(np.array([], int))["num_images"] == 0
     assert len(balance_of(np.arange(10_000))["curve"]) == 200
-    assert size_classes(np.array([1, 1, 2, 3, 4, 7, 8, 100, 0])) == {"1": 2, "2": 1, "3": 1, "4-7": 2, "8-15": 1, "64-127": 1}
 
 
 def test_statistics_are_those_of_a_loop_over_single_images():
@@ -433,4 +432,11 @@ def test_numbers_are_written_for_people():
         "2 d 04 h",
     ]
     assert [size(value) for value in (812, 34_100, 1.2e9, 3e15, 5e18)] == ["812 B", "34.1 kB", "1.2 GB", "3.0 PB", "5,000.0 PB"]
-    assert [number(value) for value in (1234567, 0.123456, True, "x")] == ["1,234,567", "0.1235", "True", "x"]
+    assert [number(value) for value in (1234567, 0.123456, True, "x", [1, 2000])] == [
+        "1,234,567",
+        "0.1235",
+        "True",
+        "x",
+        "1, 2,000",
+    ]
+    assert number(list(range(11))) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ..."

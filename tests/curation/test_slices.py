@@ -21,14 +21,14 @@ def test_every_destination_reads_what_was_sent_to_it_in_order(tmp_path):
     for first in range(6):
         for last in range(first, 6):
             expected = [
-                records[destination == number]
-                for destination, records in sent.values()
-                for number in range(first, last + 1)
+                records[destination == number] for destination, records in sent.values() for number in range(first, last + 1)
             ]
             got = read_slices(store, ["a", "b"], range(first, last + 1), np.dtype(np.int64))
             np.testing.assert_array_equal(got, np.concatenate(expected))
     counts = slice_counts(store, ["a", "b"], 6)
-    assert counts.tolist() == np.bincount(np.concatenate([destination for destination, _ in sent.values()]), minlength=6).tolist()
+    assert (
+        counts.tolist() == np.bincount(np.concatenate([destination for destination, _ in sent.values()]), minlength=6).tolist()
+    )
 
 
 def test_nothing_sent_is_an_object_of_nothing(tmp_path):

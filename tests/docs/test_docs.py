@@ -19,6 +19,8 @@ import pytest
 from heliostat.artifacts import ArtifactRef
 from heliostat.cli import STAGE_VERBS, parse
 from heliostat.config import find_recipe, shipped_recipes, walk_fields
+from heliostat.curation.forget_list import parse_target
+from heliostat.curation.what_if import KEYS, parse_overrides
 from heliostat.data.photographs import crops
 from heliostat.errors import HeliostatError, UsageError
 from heliostat.runtime.recipe import Recipe, read_recipe, scope_overrides
@@ -76,8 +78,18 @@ def check_heliostat(words: list[str]) -> str:
     """Parse a command line and check what it names; returns the file that it writes, if any. Raises what the command would."""
     target = words[words.index(">") + 1] if ">" in words else ""
     request = parse(words[: words.index(">")] if target else words)
-    if request.verb in ("lineage", "why"):
+    if request.verb == "lineage":
         ArtifactRef.parse(request.words[0])
+    if request.verb in ("why", "what-if"):
+        for artifact in request.words[:-1] if request.verb == "why" else request.words:
+            assert ArtifactRef.parse(artifact).kind == "curated", words
+    if request.verb == "what-if":
+        asked = parse_overrides([word for word in request.overrides if not word.startswith("store=")])
+        assert asked[0], words
+        assert asked[0].keys() <= set(KEYS), words
+        return target
+    if request.verb == "forget":
+        parse_target(request.words[0])
     if request.verb == "shard":
         shard_recipe(request.words[0], request.overrides)
         return target
@@ -177,6 +189,12 @@ def test_the_commands_in_a_recipe_s_comments_work_and_its_advice_for_fewer_gpus_
         ("heliostat run nowhere.yaml", UsageError),
         ("heliostat pretrain", AssertionError),
         ("heliostat lineage demo", UsageError),
+        ("heliostat why model/demo@1 crops/coffee/000001.png", AssertionError),
+        ("heliostat what-if curated/demo@1", AssertionError),
+        ("heliostat what-if curated/demo@1 threshold=0.7", AssertionError),
+        ("heliostat what-if demo dup_threshold=0.7", UsageError),
+        ("heliostat forget anything", UsageError),
+        ("heliostat forget example.org dup_threshold=0.7", AssertionError),
         ("heliostat artifacts demo.store=x", AssertionError),
         ("heliostat pretrain laptop train.steps=20", UsageError),
         ("make everything", AssertionError),
@@ -236,7 +254,7 @@ def test_python_blocks_compile(path: Path) -> None:
 def test_every_dependency_has_its_reason() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     requirements = [*project["dependencies"], *(one for extra in project["optional-dependencies"].values() for one in extra)]
-    declared = {re.match(r"[\w-]+", requirement)[0].lower() for requirement in requirements}
+    declared = {re.match(r"[\w-]+", requirement)[0].lower() for requirement in requirements} - {"heliostat"}  # an extra of ours
     page = (DOCS / "decisions" / "0001-dependencies.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| ([a-z][\w-]+) \|", page, re.M)) - {"package"} == declared
 

@@ -78,6 +78,7 @@ class Spool:
         try:
             self._file.seek(offset)
             self._file.write(body)
+            self._file.flush()
         except OSError as error:
             raise DataError(f"cannot keep an answer on the disk: {error.strerror}; free some room or set TMPDIR") from error
         return Fetched(visited, offset, len(body), extension)
@@ -104,7 +105,7 @@ def pack_downloads(
     urls = table["url"].to_pylist()
     spool = Spool()
     try:
-        fetched = asyncio.run(_download(urls, table["share"].to_pylist(), config, spool.keep, lookup))
+        fetched = _fetch(urls, table["share"].to_pylist(), config, packing, spool, lookup=lookup)
         rows = table.select(URLS_SCHEMA.names).to_pylist()
         packed, ids = _pack(rows, fetched, spool, index, packing=packing, put=put)
     finally:
@@ -112,6 +113,19 @@ def pack_downloads(
     log = [_log_row(row, found, id_) for row, found, id_ in zip(rows, fetched, ids, strict=True)]
     work.put(log_key(index), table_to_bytes(text_table(log, LOG_SCHEMA)))
     return packed
+
+
+def _fetch(
+    urls: Sequence[str], shares: Sequence[int], config: CrawlConfig, packing: Packing, spool: Spool, *, lookup: Lookup
+) -> list[Fetched]:
+    """What became of each URL, in their order; those that must not be taken are not asked for."""
+    refused = packing.refusal.of_sources(urls) if packing.refusal is not None else [False] * len(urls)
+    asked = [row for row, is_refused in enumerate(refused) if not is_refused]
+    found = asyncio.run(_download([urls[row] for row in asked], [shares[row] for row in asked], config, spool.keep, lookup))
+    fetched = [Fetched(Visited("forgotten"))] * len(urls)
+    for row, one in zip(asked, found, strict=True):
+        fetched[row] = one
+    return fetched
 
 
 async def _download(
@@ -164,7 +178,7 @@ async def _until_done(workers: Sequence["asyncio.Future[None]"], found: Sequence
 
 
 def _pack(
-    rows: Sequence[Mapping[str, Any]], fetched: Sequence[Fetched], spool: Spool, index: int, *, packing: Packing, put: Put
+    rows: Sequence[Mapping[str, Any]], fetched: list[Fetched], spool: Spool, index: int, *, packing: Packing, put: Put
 ) -> tuple[Packed, list[str | None]]:
     """Shards and their manifest rows; the id of every URL's image, None without one."""
     builder, rejections, ids = ManifestBuilder(), list[Rejection](), list[str | None]()
@@ -177,7 +191,7 @@ def _pack(
         for image, offset in zip(images, offsets, strict=True):
             builder.add(key, offset, image, image.data)
 
-    for row, found in zip(rows, fetched, strict=True):
+    for place, (row, found) in enumerate(zip(rows, fetched, strict=True)):
         if found.visited.status != OK:
             rejections.append(_rejection(row["url"], found))
             ids.append(None)
@@ -189,6 +203,11 @@ def _pack(
         image = make_shard_image(
             spool.read(found), found.extension, row["url"], metadata={key: text for key, text in told.items() if text}
         )
+        if refused := packing.refused(image):
+            fetched[place] = replace(found, visited=replace(found.visited, status=refused.reason))
+            rejections.append(refused)
+            ids.append(None)
+            continue
         images.append(image)
         ids.append(image.id)
         num_bytes += found.length

@@ -28,6 +28,7 @@ REASONS: dict[str, Reason] = {
     "other_candidate": Reason("another size of the same image was chosen", False),
     "over_page_limit": Reason("its page has more than crawl.filter.max_links_per_page images", False),
     "opt_out": Reason("the page, or the answer, says noai, noimageai, noml or reserves text and data mining", False),
+    "forgotten": Reason("somebody asked to forget it, its URL, its domain or its bytes", False),
     # Known after asking.
     "robots": Reason("robots.txt disallows it", False),
     "not_found": Reason("404 or 410", False),

@@ -31,6 +31,7 @@ _SPECIAL_NAMES = frozenset(
 ) | {"test", "invalid", "svc", "cluster"}
 """Last labels of names that no public resolver knows (RFC 6761, RFC 9476, ICANN's collisions, Kubernetes)."""
 _MAX_LIST_BYTES = 2**30
+_FILE_SUFFIXES = (".txt", ".csv", ".tsv", ".list", ".gz", ".json", ".parquet")
 
 
 class Checked(NamedTuple):
@@ -133,6 +134,8 @@ def _read_domains(uri: str) -> list[str]:
 
 
 def _domain(text: str) -> str:
+    if text.lower().endswith(_FILE_SUFFIXES):
+        raise DataError(f"{text[:200]!r} in crawl.filter.restricted_domains looks like a file; write ./{text[:200]}")
     try:
         return _name(text.strip().strip(".").removeprefix("*.")) if text.strip(" .") else ""
     except _Refused as refused:

@@ -15,7 +15,7 @@ from heliostat.crawling.urls import UrlFilter
 from heliostat.retries import Budget
 
 _REDIRECTS = (301, 302, 303, 307, 308)
-_IMAGE_TYPES = "image/avif;q=0.1,image/webp,image/png,image/jpeg,image/gif,image/*;q=0.8,*/*;q=0.2"
+_IMAGE_TYPES = "image/jpeg,image/png,image/webp,image/gif,image/tiff,image/bmp,*/*;q=0.1"  # what a shard can hold
 _PAGE_TYPES = "text/html,application/xhtml+xml;q=0.9,*/*;q=0.1"
 _FAILURES_OF_HOSTS = ("dns", "connect", "forbidden_address", "tls")
 _MAX_HEADER_CHARACTERS = 512

@@ -1,8 +1,10 @@
 """How many edges a join found: exact search for the pairs of a sample of images, counted by similarity band.
 
-A sample of 1,000 images against a billion costs a thousandth of a millionth of comparing all with all, so every join is audited.
+A sample of 1,000 images against a billion costs a thousandth of a millionth of comparing all with all, so every join is
+audited.
 """
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -143,8 +145,7 @@ def count_found(true: NDArray[Any], stored: NDArray[Any], floor: float, neighbor
     similarity = true["similarity"].astype(np.float64)
     edges[0] = -np.inf
     bands = []
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in itertools.pairwise(edges):
         within = (similarity >= low) & (similarity < high)
         bands.append(Band(max(low, floor), min(high, 1.0), int(within.sum()), int(found[within].sum())))
     return tuple(bands)
-

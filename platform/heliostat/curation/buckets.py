@@ -5,11 +5,12 @@
     3. a task per group of buckets reads its slices, compares all members of a bucket, and writes the pairs.
 
 There is no index and no service: every task reads objects that never change and writes one. With buckets of constant size the
-cost grows linearly with the images. A bucket that is too large is split within its task by centroids of its own, which makes the
-tree two levels deep from `max_buckets` x `max_bucket_rows` members on. Two similar images are missed when they share no bucket;
-the audit measures how often.
+cost grows linearly with the images. A bucket that is too large is split within its task by centroids of its own, which makes
+the tree two levels deep from `max_buckets` x `max_bucket_rows` members on. Two similar images are missed when they share no
+bucket; the audit measures how often.
 """
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -107,7 +108,7 @@ class JoinBuckets:
         members = members[np.argsort(members["bucket"], kind="stable")]  # rows stay ascending, as sources are
         cuts = np.searchsorted(members["bucket"], np.arange(buckets.start, buckets.stop + 1))
         found = []
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in itertools.pairwise(cuts):
             own = members[start:stop]
             found.append(self._pairs(operand(Block(own["row"].astype(np.int64), own["vector"]), "bucket")))
         pairs = distinct_pairs(concatenated(found))

@@ -4,8 +4,8 @@
     over files   every file is reduced by a task to its spanning stars (each touched row with the smallest row it hangs together
                  with in that file), and the stars are hung into one array of parents, file after file
 
-The smallest row does not depend on the order or the cut of the edges, so both give the same labels. Memory of the second: 8 bytes
-a row, and the stars of one file.
+The smallest row does not depend on the order or the cut of the edges, so both give the same labels. Memory of the second: 8
+bytes a row, and the stars of one file.
 """
 
 from collections.abc import Mapping
@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components as compiled_components
+from scipy.sparse import coo_array  # type: ignore[import-untyped]
+from scipy.sparse.csgraph import connected_components as compiled_components  # type: ignore[import-untyped]
 
 from heliostat.curation.edges import edge_keys, read_edges
 from heliostat.curation.slices import run_missing
@@ -42,14 +42,14 @@ def connected_components(num_nodes: int, first: NDArray[np.int64], second: NDArr
         raise DataError(f"an edge names row {low if low < 0 else high}, the pool has {num_nodes}; join these images again")
     if num_nodes > MAX_COMPILED or len(first) > MAX_COMPILED:
         parent = np.arange(num_nodes, dtype=np.int64)
-        _hang(parent, first, second)
+        hang(parent, first, second)
         return _flat(parent)
     ends = first.astype(np.int32), second.astype(np.int32)
     graph = coo_array((np.ones(len(first), np.bool_), ends), shape=(num_nodes, num_nodes))
     count, number = compiled_components(graph, directed=False)
     smallest = np.empty(count, np.int64)
     smallest[number[::-1]] = np.arange(num_nodes - 1, -1, -1)  # the last write wins: the smallest node
-    return smallest[number]
+    return np.asarray(smallest[number], np.int64)
 
 
 def _roots(parent: NDArray[np.int64], nodes: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -63,7 +63,7 @@ def _roots(parent: NDArray[np.int64], nodes: NDArray[np.int64]) -> NDArray[np.in
         root = above
 
 
-def _hang(parent: NDArray[np.int64], first: NDArray[np.int64], second: NDArray[np.int64]) -> None:
+def hang(parent: NDArray[np.int64], first: NDArray[np.int64], second: NDArray[np.int64]) -> None:
     """Change the parents so that both ends of every edge have one root, the smallest node.
 
     Every edge hangs the larger of its two roots under the smaller; the rounds grow with the logarithm of the longest chain.
@@ -118,5 +118,5 @@ def components_of_files(
         inner, root = read_array(work, key)
         if len(inner) and int(inner.max()) >= num_nodes:
             raise DataError(f"an edge names row {int(inner.max())}, the pool has {num_nodes}; join these images again")
-        _hang(parent, inner, root)
+        hang(parent, inner, root)
     return _flat(parent)

@@ -15,8 +15,8 @@ class EmbedConfig(StrictModel):
     """One pass over the images, each decoded once: hashes, detectors, embeddings."""
 
     copy_embedder: str = "copy"
-    """Makes the vectors that copies are found by: `copy` (our network, docs/concepts/copy_embedder.md), `thumbnail` (classical),
-    `model/name@version`, or the path of weights or of a TorchScript or ONNX file such as SSCD's, there on every node."""
+    """Makes the vectors that copies are found by: `copy` (our network, docs/concepts/copy_embedder.md), `thumbnail` (a classical
+    descriptor), `model/name@version`, or the path of weights or of a TorchScript or ONNX file such as SSCD's, on every node."""
 
     semantic_embedder: str = ""
     """Makes the vectors for retrieval and clusters: a backbone as `model/name@version` or by path (DINOv2 A: a self-supervised

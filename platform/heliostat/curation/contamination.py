@@ -1,4 +1,5 @@
-"""Decontamination: images that show evaluation images go, with everything that is a copy of them (DINOv2 A: above 0.45 for SSCD)."""
+"""Decontamination: images that show evaluation images go, with everything that is a copy of them (DINOv2 A: above 0.45 for
+SSCD)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ from heliostat.storage import Store
 
 @dataclass(frozen=True)
 class SetCount:
-    """One evaluation set: its images, images of the pool above the threshold whose nearest reference is in it, and images that go
-    with those because they are their copies. Rows in two sets count for the nearer one."""
+    """One evaluation set: its images, images of the pool above the threshold whose nearest reference is in it, and images that
+    go with those because they are their copies. Rows in two sets count for the nearer one."""
 
     num_references: int
     num_touched: int
@@ -28,8 +29,8 @@ class SetCount:
 
 @dataclass(frozen=True)
 class Contamination:
-    """Arrays over N rows. dropped: bool; reference: int64, the nearest reference, counted through all sets in order, -1 where there
-    is none; reference_set: int32, position of its set in `sets`, -1 likewise; reference_row: int64, its row in the set;
+    """Arrays over N rows. dropped: bool; reference: int64, the nearest reference, counted through all sets in order, -1 where
+    there is none; reference_set: int32, position of its set in `sets`, -1 likewise; reference_row: int64, its row in the set;
     similarity: float32, -1 likewise. sets: by name, in order."""
 
     dropped: NDArray[np.bool_]

@@ -14,30 +14,29 @@ from numpy.typing import NDArray
 
 from heliostat.curation.components import components_of_files
 from heliostat.curation.copies_config import CopyLimits
+from heliostat.curation.copies_shuffle import (
+    ROWS_PER_STRIP,
+    RowFacts,
+    SendEdges,
+    SendMembers,
+    member_record,
+    nearest_of_edges,
+    partitions_of,
+    send,
+)
 from heliostat.curation.edges import NO_EDGES, RECORD, Edges, edge_keys, read_edges
 from heliostat.curation.products import exact_similarities
 from heliostat.curation.settle import settle, similarities_of_edges
-from heliostat.curation.slices import DONE, read_slices, run_missing, write_slices
-from heliostat.curation.strips import read_strip, strips_of
+from heliostat.curation.slices import read_slices, write_slices
+from heliostat.curation.strips import strips_of
 from heliostat.curation.tasks import TaskMap
-from heliostat.curation.vectors import Vectors, read_array, write_array
+from heliostat.curation.vectors import Vectors
 from heliostat.errors import DataError, UsageError
 from heliostat.storage import Store
 
 # Shapes: N rows of the pool, M members of components with two images or more.
 
-MEMBERS_PER_PARTITION = 200_000
-"""Members settled by one task: 200 MiB of vectors at 512. A component is never cut, so a larger one makes a larger task."""
-
-ROWS_PER_STRIP = 262_144
-"""Rows whose vectors one task sends to their partitions."""
-
-ROWS_PER_PIECE = 1 << 20
-"""Rows in one object of what tasks need to know of each row."""
-
-_SETTLED = np.dtype(
-    [("row", "<i8"), ("representative", "<i8"), ("similarity", "<f4"), ("unguarded", "<i8"), ("hops", "<i4")]
-)
+_SETTLED = np.dtype([("row", "<i8"), ("representative", "<i8"), ("similarity", "<f4"), ("unguarded", "<i8"), ("hops", "<i4")])
 
 
 @dataclass(frozen=True)
@@ -70,82 +69,6 @@ class CopyResult:
 
 
 @dataclass(frozen=True)
-class _RowFacts:
-    """What tasks know of rows: partition int32 (-1 for rows alone) and rank int64, in pieces."""
-
-    work: Store
-
-    def write(self, partition: NDArray[np.int32], rank: NDArray[np.int64]) -> None:
-        for number, start in enumerate(range(0, len(rank), ROWS_PER_PIECE)):
-            write_array(self.work, f"facts/partition-{number:06d}.npy", partition[start : start + ROWS_PER_PIECE])
-            write_array(self.work, f"facts/rank-{number:06d}.npy", rank[start : start + ROWS_PER_PIECE])
-
-    def read(self, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """The values of ascending rows."""
-        if not len(rows):
-            return np.empty(0, np.int64)
-        pieces = range(int(rows[0]) // ROWS_PER_PIECE, int(rows[-1]) // ROWS_PER_PIECE + 1)
-        values = [read_array(self.work, f"facts/{name}-{number:06d}.npy") for number in pieces]
-        return np.asarray(np.concatenate(values)[rows - pieces.start * ROWS_PER_PIECE])
-
-
-def _member(dimension: int) -> np.dtype[Any]:
-    return np.dtype([("row", "<i8"), ("rank", "<i8"), ("vector", "<f2", (dimension,))])
-
-
-@dataclass(frozen=True)
-class _SendMembers:
-    """Task: the vectors of the members in one strip, to their partitions."""
-
-    vectors: Vectors
-    work: Store
-    num_partitions: int
-
-    def __call__(self, task: Mapping[str, Any]) -> Mapping[str, Any]:
-        rows, values = read_strip(self.vectors, (task["strip"][0], task["strip"][1]))
-        facts = _RowFacts(self.work)
-        partition = facts.read("partition", rows)
-        inside = np.flatnonzero(partition >= 0)
-        records = np.empty(len(inside), _member(self.vectors.dimension))
-        records["row"], records["vector"] = rows[inside], values[inside]
-        records["rank"] = facts.read("rank", rows)[inside]
-        write_slices(self.work, str(task["key"]), records, partition[inside].astype(np.int64), self.num_partitions)
-        return {"done": task["done"]}
-
-
-@dataclass(frozen=True)
-class _SendEdges:
-    """Task: the edges of one file above the threshold, to their partitions; and the nearest of every image in that file."""
-
-    files: Store
-    work: Store
-    num_partitions: int
-    threshold: float
-
-    def __call__(self, task: Mapping[str, Any]) -> Mapping[str, Any]:
-        edges = read_edges(self.files, str(task["file"]))
-        write_slices(self.work, f"{task['key']}-nearest", *nearest_of_edges(edges), 1)
-        above = edges.above(self.threshold)
-        records = np.empty(above.num_edges, RECORD)
-        records["node"], records["other"], records["similarity"] = above
-        partition = _RowFacts(self.work).read("partition", above.first).astype(np.int64)
-        write_slices(self.work, str(task["key"]), records, partition, self.num_partitions)
-        return {"done": task["done"]}
-
-
-def nearest_of_edges(edges: Edges) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """(T,) records of every touched node with its most similar other one, of equals the smaller row; and T zeros."""
-    records = np.empty(2 * edges.num_edges, RECORD)
-    records["node"] = np.concatenate([edges.first, edges.second])
-    records["other"] = np.concatenate([edges.second, edges.first])
-    records["similarity"] = np.concatenate([edges.similarity, edges.similarity])
-    records = records[np.lexsort((records["other"], -records["similarity"], records["node"]))]
-    best = np.ones(len(records), np.bool_)
-    best[1:] = records["node"][1:] != records["node"][:-1]
-    return records[best], np.zeros(int(best.sum()), np.int64)
-
-
-@dataclass(frozen=True)
 class _SettlePartition:
     """Task: representatives of the members of one partition."""
 
@@ -158,7 +81,7 @@ class _SettlePartition:
     def __call__(self, task: Mapping[str, Any]) -> Mapping[str, Any]:
         number = int(task["partition"])
         here = range(number, number + 1)
-        members = read_slices(self.work, self.member_keys, here, _member(self.dimension))
+        members = read_slices(self.work, self.member_keys, here, member_record(self.dimension))
         found = read_slices(self.work, self.edge_keys, here, RECORD)
         rows = members["row"]  # ascending, as strips are
         edges = Edges(_positions(rows, found["node"]), _positions(rows, found["other"]), found["similarity"])
@@ -197,17 +120,17 @@ def find_copies(
 ) -> CopyResult:
     """Components of edges above limits.threshold, their representatives, and the guard at min_similarity_to_representative.
 
-    edges: where `self_join` left them (store, prefix). vectors: those that were joined. quality_rank: (N,) int64, a permutation,
-    0 the best. present: bool (N,), rows that take part; all of them when left out. work: of this call alone.
+    edges: where `self_join` left them (store, prefix). vectors: those that were joined. quality_rank: (N,) int64, a
+    permutation, 0 the best. present: bool (N,), rows that take part; all of them when left out. work: of this call alone.
     Raises UsageError for a threshold below `edge_floor`, under which no edges are stored.
     """
     check_inputs(vectors.num_rows, quality_rank, limits.threshold, edge_floor)
     files, prefix = edges
     label = components_of_files(files, prefix, len(quality_rank), threshold=limits.threshold, work=work, run=run)
     partition, num_partitions = partitions_of(label)
-    _RowFacts(work).write(partition, quality_rank)
-    edge_slices = _send(
-        _SendEdges(files, work, max(1, num_partitions), limits.threshold),
+    RowFacts(work).write(partition, quality_rank)
+    edge_slices = send(
+        SendEdges(files, work, max(1, num_partitions), limits.threshold),
         [{"file": key} for key in edge_keys(files, prefix)],
         work,
         run,
@@ -218,11 +141,13 @@ def find_copies(
         _take_nearest(result, read_slices(work, [f"{key}-nearest"], range(1), RECORD))
     if num_partitions:
         strips = strips_of(vectors, ROWS_PER_STRIP)
-        members = _send(_SendMembers(vectors, work, num_partitions), [{"strip": one} for one in strips], work, run, name="members")
+        members = send(
+            SendMembers(vectors, work, num_partitions), [{"strip": one} for one in strips], work, run, name="members"
+        )
         function = _SettlePartition(
             work, tuple(members), tuple(edge_slices), vectors.dimension, limits.min_similarity_to_representative
         )
-        settled = _send(function, [{"partition": number} for number in range(num_partitions)], work, run, name="settled")
+        settled = send(function, [{"partition": number} for number in range(num_partitions)], work, run, name="settled")
         for key in settled:
             records = read_slices(work, [key], range(1), _SETTLED)
             rows = records["row"]
@@ -279,32 +204,6 @@ def check_inputs(num_rows: int, quality_rank: NDArray[np.int64], threshold: floa
         raise DataError(f"quality_rank is not an order of the {num_rows} images; use each of 0 to {num_rows - 1} once")
     if threshold < edge_floor:
         raise UsageError(f"threshold {threshold} is below {edge_floor}, from which on edges are stored; raise it or join again")
-
-
-def partitions_of(label: NDArray[np.int64]) -> tuple[NDArray[np.int32], int]:
-    """(N,) int32 partition of every row in a component of two or more, -1 for others; and how many partitions there are."""
-    size = np.bincount(label, minlength=len(label))
-    size[size < 2] = 0
-    before = np.cumsum(size) - size
-    partition_of_label = np.where(size > 0, before // MEMBERS_PER_PARTITION, -1)
-    used, compact = np.unique(partition_of_label[size > 0], return_inverse=True)
-    partition_of_label[size > 0] = compact
-    return partition_of_label[label].astype(np.int32), len(used)
-
-
-def _send(
-    function: _SendMembers | _SendEdges | _SettlePartition,
-    tasks: list[dict[str, Any]],
-    work: Store,
-    run: TaskMap,
-    *,
-    name: str,
-) -> list[str]:
-    """Run the tasks that are not done yet; returns the key of each."""
-    keys = [f"{name}/{number:06d}" for number in range(len(tasks))]
-    named = [{**task, "key": key, "done": key + DONE} for task, key in zip(tasks, keys, strict=True)]
-    run_missing(run, function, named, store=work, prefix=f"{name}/", label=name)
-    return keys
 
 
 def _alone(num_rows: int) -> CopyResult:

@@ -80,7 +80,8 @@ class JoinConfig(StrictModel):
     units or on a GPU, an hour on one without."""
 
     rows_per_strip: int = Field(default=65_536, gt=0)
-    """Exact join: a task compares two strips of about this many rows; both and their pairs fit into memory (2 x 64 MiB at 512)."""
+    """Exact join: a task compares two strips of about this many rows; both and their pairs fit into memory (2 x 64 MiB at
+    512)."""
 
     bucket_rows: int = Field(default=4_096, gt=0)
     """Buckets: images per bucket before overlap. More find more pairs and compare more (benchmarks/copies.py)."""

@@ -21,8 +21,8 @@ class CopyReport:
     num_dropped: images that another one represents; largest: sizes, descending; size_histogram: components by size, keys `2`,
     `3-4`, `5-8`, ...; mean_similarity, min_similarity: of dropped images to their representatives, None without any; max_hops:
     edges from an image to the best of its component before the guard: the diameter lies between this and twice this;
-    chain_ratio: share of members, before the guard, that are two or more edges away from the best; num_split: components that the
-    guard split; num_saved: images that stay only because of that; num_unknown: see CopyResult.
+    chain_ratio: share of members, before the guard, that are two or more edges away from the best; num_split: components that
+    the guard split; num_saved: images that stay only because of that; num_unknown: see CopyResult.
     """
 
     num_images: int
@@ -74,6 +74,6 @@ def describe_copies(result: CopyResult) -> CopyReport:
 def size_histogram(sizes: NDArray[np.int64]) -> dict[str, int]:
     """Components of two and more by size: `2`, then doubling."""
     bins = np.ceil(np.log2(sizes[sizes > 1])).astype(np.int64)
-    counts = np.bincount(bins) if len(bins) else []
+    counts = np.bincount(bins)
     names = {power: "2" if power == 1 else f"{2 ** (power - 1) + 1}-{2**power}" for power in range(1, len(counts))}
     return {names[power]: int(counts[power]) for power in names}

@@ -30,7 +30,7 @@ from heliostat.models.weights import load_state, read_weights
 
 # Shapes: B images, C channels, H W pixels, D dimension.
 
-COPY_LIMITS = CopyLimits(threshold=0.7, min_similarity_to_representative=0.6, decontamination_threshold=0.65)
+COPY_LIMITS = CopyLimits(threshold=0.74, min_similarity_to_representative=0.64, decontamination_threshold=0.64)
 """Measured on the calibration pictures: docs/concepts/copy_embedder.md."""
 
 SHIPPED_WEIGHTS = Path(__file__).with_name("copy_embedder_v1.safetensors")

@@ -17,7 +17,7 @@ from heliostat.curation.curation_report import balance_of
 from heliostat.curation.hierarchy import Hierarchy, hierarchy
 from heliostat.curation.ledger import Decisions, Verdicts, same_reason
 from heliostat.curation.ledger_facts import RetrievedBy
-from heliostat.curation.pool import FeatureFiles, Pool, id_bytes
+from heliostat.curation.pool import FeatureFiles, Pool, check_same_spaces, id_bytes
 from heliostat.curation.retrieval import REASONS, Retrieved, retrieve
 from heliostat.curation.tasks import TaskMap
 from heliostat.errors import DataError
@@ -52,8 +52,10 @@ def curate(
     """Go on with the decisions of dedup: which images stay because of the curated sets, and which for the balance.
 
     sets: features of the curated sets, in the order of the recipe. work: of this pool, these sets and this configuration alone.
-    seed: of every draw but those of k-means, which has its own. Raises DataError when no image is left, or no set brings one.
+    seed: of every draw but those of k-means, which has its own. Raises DataError when no image is left, when no set brings one,
+    or for features of different embedders.
     """
+    check_same_spaces([*pool.members, *sets.values()], semantic=True)
     if len(decisions.rows) == 0:
         raise DataError("dedup leaves no image; look at its funnel, and loosen copies.threshold or max_nsfw_score")
     retrieved, statistics = None, dict[str, Any]()
@@ -146,7 +148,7 @@ def _retrieval_statistics(found: Retrieved) -> dict[str, Any]:
 
 def _retrieved_by(found: Retrieved, sets: Mapping[str, FeatureFiles]) -> RetrievedBy:
     """The links with the ids of the curated images, numbered over all sets."""
-    ids, first = [], {}
+    ids, first = list[NDArray[np.uint8]](), dict[str, int]()
     for name, features in sets.items():
         first[name] = sum(len(one) for one in ids)
         ids += [id_bytes(features.read(block, ["id"])["id"]) for block in range(len(features.keys))]

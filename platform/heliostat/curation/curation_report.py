@@ -1,6 +1,5 @@
 """The report of a curation: one HTML page for people, and the same numbers as JSON."""
 
-import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,11 +25,11 @@ class ReportData:
     """What the report tells; every part may be left out. Mappings and lists are JSON-ready.
 
     statistics: "before" and "after", each `ImageStatistics.as_dict()`. planted: `PlantedScore.as_dict()` by method, ours first.
-    edges: rows of low, high, num_true, num_found (`audit.Band`). components: num_components, num_components_of_copies, largest,
-    num_split_components, num_saved, sizes (size or range of sizes -> components). balance: a row per level of level,
-    num_clusters, and before and after, each `balance_of`. composition: rows of dataset, images, mode, retrieved, final, added
-    (`composition.CompositionRow`). coverage: rows of set, num_images, num_that_retrieved. times: rows of stage, seconds,
-    cpu_seconds, images, in their order. cost_per_cpu_hour: for the column of costs. sheets: of `write_sheets`.
+    edges: rows of low, high, num_true, num_found (`audit.Band`). components: `CopyReport.to_json()`; of a list the first ten
+    are shown. balance: a row per level of level, num_clusters, and before and after, each `balance_of`. composition: rows of
+    dataset, images, mode, retrieved, final, added (`composition.CompositionRow`). coverage: rows of set, num_images,
+    num_that_retrieved. times: rows of stage, seconds, cpu_seconds, images, in their order. cost_per_cpu_hour: for the column of
+    costs. sheets: of `write_sheets`.
     settings: what was asked for, by name. notes: caveats, a sentence each.
     """
 
@@ -77,14 +76,6 @@ def balance_of(sizes: NDArray[np.int64]) -> dict[str, Any]:
         "gini": gini,
         "curve": ordered[spaced].astype(np.int64).tolist(),
     }
-
-
-def size_classes(sizes: NDArray[np.int64]) -> dict[str, int]:
-    """Components by size: 1, 2, 3, 4-7, 8-15 and so on by doubling; classes that hold none are left out."""
-    bounds = [1, 2, 3, *(2**power for power in range(2, 41))]
-    counts, _ = np.histogram(sizes[sizes > 0], bounds) if len(sizes) else (np.zeros(len(bounds) - 1, np.int64), None)
-    names = [str(low) if high == low + 1 else f"{low:,}-{high - 1:,}" for low, high in itertools.pairwise(bounds)]
-    return {name: int(count) for name, count in zip(names, counts, strict=True) if count}
 
 
 def report_json(data: ReportData) -> dict[str, Any]:

@@ -198,7 +198,10 @@ def _copies(
     found["similarity_to_representative"][:] = np.nan  # of a duplicate it is not known
     found["similarity_to_representative"][rows] = copies.similarity_to_representative[rows]
     decisions.judge(same_reason("copies", rows, copies.dropped[rows], "copy"))
-    return {"join": summary.to_json(), "components": describe_copies(copies).to_json()}
+    joined = {
+        name: value for name, value in summary.to_json().items() if name != "seconds"
+    }  # a repeated run gives the same file
+    return {"join": joined, "components": describe_copies(copies).to_json()}
 
 
 def _followed(duplicate_of: NDArray[np.int64]) -> NDArray[np.int64]:

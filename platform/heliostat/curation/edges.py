@@ -210,6 +210,4 @@ def merge_edge_files(
     tasks = [{"source": number, "key": key, "done": key + DONE} for number, key in enumerate(keys)]
     scatter = _Scatter(work, named, num_rows, rows_per_range)
     run_missing(run, scatter, tasks, store=work, prefix="earlier/", label="earlier edges")
-    merge_edges(
-        work, "earlier/", files, prefix, run, num_rows=num_rows, rows_per_range=rows_per_range, neighbors=neighbors
-    )
+    merge_edges(work, "earlier/", files, prefix, run, num_rows=num_rows, rows_per_range=rows_per_range, neighbors=neighbors)

@@ -6,7 +6,6 @@ reason and nulls). A task is a range of manifest rows; it reads its shard by ran
 
 import io
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -81,13 +80,13 @@ class Instruments:
 class _Clock:
     """CPU seconds of this process by part of the pass."""
 
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         started = time.process_time()
         yield
-        self.seconds[name] += time.process_time() - started
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.process_time() - started
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,7 @@ class FeatureShard:
             sink = io.BytesIO()
             pq.write_table(table, sink, compression="zstd")
             self.files.put(f"{self.prefix}{task['index']:06d}.parquet", sink.getvalue())
-        return {"index": task["index"], "images": rows.num_rows, "cpu_seconds": dict(clock.seconds)}
+        return {"index": task["index"], "images": rows.num_rows, "cpu_seconds": clock.seconds}
 
     def _decoded(
         self, found: Sequence[memoryview], clock: _Clock
@@ -222,12 +221,13 @@ def plan_features(manifest: pa.Table, files: Store, pieces: str, *, max_images: 
     piece, first = 0, 0
     for index, run in enumerate(runs):
         if run.stop - runs[first].start > _PIECE_ROWS and index > first:
-            _write_piece(manifest, runs[first].start, run.start, files, _piece_key(pieces, piece), finished)
+            rows = manifest.slice(runs[first].start, run.start - runs[first].start)
+            _write_piece(rows, files, _piece_key(pieces, piece), finished)
             piece, first = piece + 1, index
         start = run.start - runs[first].start
         tasks.append({"index": index, "piece": piece, "start": start, "stop": start + len(run)})
     if runs:
-        _write_piece(manifest, runs[first].start, manifest.num_rows, files, _piece_key(pieces, piece), finished)
+        _write_piece(manifest.slice(runs[first].start), files, _piece_key(pieces, piece), finished)
     return tasks
 
 
@@ -235,10 +235,10 @@ def _piece_key(pieces: str, piece: int) -> str:
     return f"{pieces}{piece:06d}.parquet"
 
 
-def _write_piece(manifest: pa.Table, start: int, stop: int, files: Store, key: str, finished: set[str]) -> None:
+def _write_piece(rows: pa.Table, files: Store, key: str, finished: set[str]) -> None:
     if key not in finished:
         sink = io.BytesIO()
-        pq.write_table(manifest.slice(start, stop - start), sink, compression="zstd")
+        pq.write_table(rows, sink, compression="zstd")
         files.put(key, sink.getvalue())
 
 

@@ -158,7 +158,8 @@ def _apply(artifacts: ArtifactStore, plan: Mapping[str, Change], target: Target,
         for ref, change in plan.items():
             step(artifacts.files(ArtifactRef.parse(ref)), change, moves)
     for ref, change in plan.items():
-        _revise(artifacts, ArtifactRef.parse(ref), change, target)
+        if change.files or change.shards or change.moves or change.pages:
+            _revise(artifacts, ArtifactRef.parse(ref), change, target)
 
 
 def _all_moves(plan: Mapping[str, Change]) -> Moves:

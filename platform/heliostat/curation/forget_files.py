@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,8 @@ from numpy.typing import NDArray
 
 from heliostat.curation.forget_list import hosts_of, in_domain
 from heliostat.curation.ledger import FORGOTTEN, LEDGER, LEDGER_SOURCES
-from heliostat.curation.ledger_write import hash_strings, to_parquet
+from heliostat.curation.ledger_keys import hash_strings
+from heliostat.curation.ledger_write import to_parquet
 from heliostat.data.parquet_shards import SHARD_SCHEMA, lay_parquet
 from heliostat.data.shard_image import EXTENSION_OF_FORMAT, ShardImage
 from heliostat.data.tar_walk import BLOCK, PLAIN, walk
@@ -33,6 +35,7 @@ BLANK_JSON = "(forgotten)"
 _SOURCE_COLUMNS = ("source", "url", "final_url")
 _KEPT_COLUMNS = frozenset({"id", "row"})
 _REMOVED = ".forgotten"
+_ID = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,16 @@ class Wanted:
     ids: frozenset[str]
     sources: frozenset[str]
     domain: str = ""
+
+    @cached_property
+    def urls(self) -> tuple[str, ...]:
+        """Sources that are URLs and do not hold the domain, which is looked for anyway."""
+        return tuple(sorted(name for name in self.sources if "://" in name and not self.names_domain(name)))
+
+    def names_domain(self, text: str) -> bool:
+        """Whether a text holds the domain, not as a part of a longer word."""
+        pattern = rf"(?<![\w-]){re.escape(self.domain)}(?![\w-])"
+        return bool(self.domain) and re.search(pattern, text.lower()) is not None
 
     def rows(self, table: pa.Table) -> NDArray[np.bool_]:
         """bool (n,): rows of a table that hold one of the images, by its id, source, url and final_url."""
@@ -194,15 +207,13 @@ def _blank_text(text: str, wanted: Wanted) -> str:
 
 def names_image(text: str, wanted: Wanted) -> bool:
     """Whether a text is one of the sources, holds one that is a URL, or holds the domain. (Names of files occur in others.)"""
-    if text in wanted.sources or any("://" in source and source in text for source in wanted.sources):
-        return True
-    return bool(wanted.domain) and re.search(rf"(?<![\w-]){re.escape(wanted.domain)}(?![\w-])", text.lower()) is not None
+    return text in wanted.sources or wanted.names_domain(text) or any(url in text for url in wanted.urls)
 
 
 def shows_image(page: bytes, wanted: Wanted) -> bool:
-    """Whether an HTML page shows one of the images: by its id, or by a source as it is escaped there."""
+    """Whether an HTML page shows one of the images: by its id, or by a URL or the domain as they are escaped there."""
     text = html.unescape(page.decode("utf-8", "replace"))
-    return any(name in text for name in (*wanted.ids, *wanted.sources)) or names_image(text, wanted)
+    return not wanted.ids.isdisjoint(_ID.findall(text)) or names_image(text, wanted)
 
 
 def source_hashes(sources: frozenset[str]) -> NDArray[np.uint64]:

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from heliostat.curation.ledger import MIN_ID_PREFIX
 from heliostat.curation.ledger_facts import hex_to_ids
-from heliostat.curation.ledger_write import hash_strings, id_heads
-from heliostat.data.shard_image import IMAGE_EXTENSIONS
+from heliostat.curation.ledger_keys import hash_strings, id_heads
+from heliostat.data.shard_image import IMAGE_EXTENSIONS, ShardImage
 from heliostat.errors import DataError, UsageError
 from heliostat.storage import Store
 
@@ -121,6 +121,14 @@ class ForgetList:
         if sources is not None and count:
             found |= self._of_sources(sources)
         return found
+
+    def of_sources(self, sources: Sequence[str]) -> list[bool]:
+        """For each source, whether it was forgotten (`data.packing.Refusal`)."""
+        return [bool(hit) for hit in self.matches(None, pa.array(list(sources), pa.string()))]
+
+    def of_image(self, image: ShardImage) -> bool:
+        """Whether an image was forgotten, by its bytes or by its source (`data.packing.Refusal`)."""
+        return bool(self.matches(hex_to_ids(pa.array([image.id])), pa.array([image.source]))[0])
 
     def _of_sources(self, sources: pa.Array | pa.ChunkedArray) -> NDArray[np.bool_]:
         found = np.zeros(len(sources), np.bool_)

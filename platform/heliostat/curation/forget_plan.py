@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from heliostat.artifacts import Artifact, ArtifactStore
+from heliostat.artifacts import RECORD, Artifact, ArtifactStore
 from heliostat.curation.forget_files import (
     Wanted,
     blank_json,
@@ -259,6 +259,8 @@ def _plan_ledger(artifact: Artifact, change: Change, forgotten: dict[str, int]) 
 
 def _plan_texts(artifact: Artifact, change: Change) -> None:
     """JSON to be blanked, pages to be deleted, other texts to be told of."""
+    if names_image(json.dumps(artifact.record.config, ensure_ascii=False), change.wanted):
+        change.unclean.append(RECORD)  # what the settings say is part of the fingerprint
     for key in sorted(artifact.record.files):
         if key.endswith(".html"):
             if shows_image(artifact.files.read(key), change.wanted):

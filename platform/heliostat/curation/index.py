@@ -74,8 +74,9 @@ def _build(database_ND: NDArray[np.float32], k: int, seed: int, exact_max_rows: 
 def inverted_factory(dimension: int, num_rows: int, num_training: int, *, on_gpu: bool) -> str:
     """FAISS's name of the index for a pool: `IVF{n}_HNSW32,PQ{m}` on the CPU, `IVF{n},PQ{m}` on a GPU, which refuses HNSW.
 
-    n is 8 sqrt(N), within FAISS's guideline of 4 to 16, with 39 training vectors per list at least; m is the largest size of code
-    that divides D and leaves 4 values or more to a byte (`np`: without polysemous training, which costs minutes and is not used).
+    n is 8 sqrt(N), within FAISS's guideline of 4 to 16, with 39 training vectors per list at least; m is the largest size of
+    code that divides D and leaves 4 values or more to a byte (`np`: without polysemous training, which costs minutes and is
+    not used).
     """
     num_lists = max(1, min(int(8 * math.sqrt(num_rows)), num_training // 39))
     coarse = "" if on_gpu else "_HNSW32"
@@ -93,7 +94,7 @@ def train_inverted_file(sample: NDArray[np.float32], num_rows: int, *, seed: int
     inverted_file = faiss.extract_index_ivf(index)
     inverted_file.cp.seed = seed
     if name.endswith("Flat") is False:
-        faiss.downcast_index(inverted_file).pq.cp.seed = seed
+        faiss.downcast_index(inverted_file).pq.cp.seed = seed  # type: ignore[attr-defined]
     if on_gpu:
         moved = faiss.index_cpu_to_all_gpus(index)
         moved.train(sample_SD)
@@ -108,9 +109,7 @@ def add_to_inverted_file(index: faiss.Index, vectors: NDArray[np.float32], rows:
     index.add_with_ids(_checked(vectors, "vectors"), np.ascontiguousarray(rows, np.int64))
 
 
-def search_inverted_file(
-    index: faiss.Index, queries: NDArray[np.float32], k: int, *, num_probes: int
-) -> NDArray[np.int64]:
+def search_inverted_file(index: faiss.Index, queries: NDArray[np.float32], k: int, *, num_probes: int) -> NDArray[np.int64]:
     """(Q, k) candidate rows, -1 where fewer were found. Their order follows the codes: score them again."""
     num_gpus = faiss.get_num_gpus()
     if num_gpus > 0 and max(k, num_probes) > GPU_MAX_NEIGHBORS:
@@ -119,7 +118,7 @@ def search_inverted_file(
     inverted_file.nprobe = min(num_probes, inverted_file.nlist)
     flat = isinstance(faiss.downcast_index(inverted_file.quantizer), faiss.IndexFlat)
     if not flat:  # the search within HNSW must be as wide as what is asked of it (FAISS's default is 16)
-        faiss.downcast_index(inverted_file.quantizer).hnsw.efSearch = max(64, 2 * inverted_file.nprobe)
+        faiss.downcast_index(inverted_file.quantizer).hnsw.efSearch = max(64, 2 * inverted_file.nprobe)  # type: ignore[attr-defined]
     searcher = faiss.index_cpu_to_all_gpus(index) if num_gpus > 0 and flat else index
     return np.asarray(searcher.search(_checked(queries, "queries"), k)[1], np.int64)
 

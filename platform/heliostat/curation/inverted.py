@@ -1,8 +1,9 @@
 """Neighbours through an inverted file of FAISS: one index for the pool, candidates from its codes, exact re-scoring.
 
-The index is built in one process and lies as an object in the work store, where every task loads it: for pools whose codes fit into
-the memory of a worker (D/4 + 8 bytes an image). Beyond, the self-join goes through buckets. Codes are too coarse to hold a
-threshold (a rank-10 intersection of 0.6 on Deep1B, FAISS's benchs/README), so the stored vectors of all candidates are compared.
+The index is built in one process and lies as an object in the work store, where every task loads it: for pools whose codes fit
+into the memory of a worker (D/4 + 8 bytes an image). Beyond, the self-join goes through buckets. Codes are too coarse to hold a
+threshold (a rank-10 intersection of 0.6 on Deep1B, FAISS's benchs/README), so the stored vectors of all candidates are
+compared.
 """
 
 from collections.abc import Mapping
@@ -50,7 +51,8 @@ def write_inverted_file(vectors: Vectors, work: Store, *, seed: int) -> None:
 def scored_candidates(
     queries: Operand, candidates: NDArray[np.int64], database: Vectors
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-    """(query position, row, exact similarity) of (Q, k) candidate rows; -1 is left out. Reads every block of the database once."""
+    """(query position, row, exact similarity) of (Q, k) candidate rows; -1 is left out. Reads every block of the database
+    once."""
     query = np.repeat(np.arange(len(queries)), candidates.shape[1])
     row = candidates.ravel()
     order = np.argsort(row, kind="stable")
@@ -89,9 +91,7 @@ class InvertedPairs:
         kept = (similarity >= np.float32(config.floor)) & (first != row)
         kept &= np.maximum(first, row) >= self.first_new_row
         pairs = distinct_pairs(Pairs(first[kept], row[kept], similarity[kept]))
-        write_pairs(
-            self.work, str(task["key"]), pairs, num_rows=self.vectors.num_rows, rows_per_range=config.rows_per_range
-        )
+        write_pairs(self.work, str(task["key"]), pairs, num_rows=self.vectors.num_rows, rows_per_range=config.rows_per_range)
         return {"done": task["done"]}
 
 

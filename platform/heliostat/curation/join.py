@@ -80,12 +80,10 @@ def new_pairs(pairs: Pairs, first_new_row: int) -> Pairs:
     if first_new_row == 0:
         return pairs
     new = (pairs.first >= first_new_row) | (pairs.second >= first_new_row)
-    return Pairs(*(values[new] for values in pairs))
+    return Pairs(pairs.first[new], pairs.second[new], pairs.similarity[new])
 
 
-def exact_join(
-    vectors: Vectors, *, work: Store, pieces: str, config: JoinConfig, run: TaskMap, first_new_row: int = 0
-) -> None:
+def exact_join(vectors: Vectors, *, work: Store, pieces: str, config: JoinConfig, run: TaskMap, first_new_row: int = 0) -> None:
     """Leave the pairs of every two strips as pieces for `merge_edges`; N squared / 2 products of length D."""
     strips = strips_of(vectors, config.rows_per_strip)
     old_blocks = blocks_before(vectors, first_new_row)
@@ -112,8 +110,8 @@ def self_join(
 ) -> JoinSummary:
     """Find the pairs of similar images and write them as Parquet under `prefix` of `files` (`edges.iterate_edges`).
 
-    Stored are pairs with similarity >= config.floor that are among the config.neighbors best of either image. first_new_row: rows
-    below it were joined before; pairs of two of them are not looked for, and `merge_edge_files` puts old and new together.
+    Stored are pairs with similarity >= config.floor that are among the config.neighbors best of either image. first_new_row:
+    rows below it were joined before; pairs of two of them are not looked for, and `merge_edge_files` puts old and new together.
     seed: of the centroids and of the audit's sample. work: where unfinished work lies; it may go once the join is done.
     """
     started = time.perf_counter()
@@ -154,9 +152,7 @@ def self_join(
 
 def count_edges(files: Store, prefix: str) -> int:
     """Edges stored under a prefix, from the footers of the files."""
-    return sum(
-        pq.ParquetFile(pa.BufferReader(files.read(key))).metadata.num_rows for key in edge_keys(files, prefix)
-    )
+    return sum(pq.ParquetFile(pa.BufferReader(files.read(key))).metadata.num_rows for key in edge_keys(files, prefix))
 
 
 def _digest(vectors: Vectors, config: JoinConfig, via: str, first_new_row: int, seed: int) -> str:

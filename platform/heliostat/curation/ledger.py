@@ -1,6 +1,7 @@
 """The ledger: one row per image ever seen, and per URL that never became one, with what was decided about it and why.
 
     ledger.py        the columns, the verdicts of the stages, the funnel and its check
+    ledger_keys.py   which file a row lies in
     ledger_facts.py  what stages found out about the rows of a pool, as arrays
     ledger_write.py  a shuffle that writes the files, a range of ids each
     ledger_read.py   find one row among 10^9, or walk over all of them

@@ -21,7 +21,8 @@ from heliostat.curation.ledger import (
     StageCount,
     make_funnel,
 )
-from heliostat.curation.ledger_write import Parts, file_key, hash_strings, part_of
+from heliostat.curation.ledger_keys import hash_strings, part_of
+from heliostat.curation.ledger_write import Parts, file_key
 from heliostat.data.windows import BytesFile, BytesOfObject
 from heliostat.errors import DataError, ObjectNotFoundError
 from heliostat.storage import Store

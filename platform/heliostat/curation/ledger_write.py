@@ -35,6 +35,7 @@ from heliostat.curation.ledger import (
     make_funnel,
 )
 from heliostat.curation.ledger_facts import LedgerFacts, hex_to_ids
+from heliostat.curation.ledger_keys import hash_strings, id_heads, part_of
 from heliostat.curation.tasks import TaskMap, run_serially
 from heliostat.curation.vectors import read_array, write_array
 from heliostat.errors import DataError
@@ -45,9 +46,7 @@ from heliostat.storage import Store
 ROW_GROUP_ROWS = 2**14  # what a look-up reads: about 4 MB unpacked
 _WORK = "_work/ledger/"
 _ORDER = [(name, "ascending") for name in ("id", "source", "shard", "offset", "row")]
-_EVIDENCE = ("page", "alt", "http_status", "licence", "robots", "opt_out")
 _TASKS_OF_A_KIND = 300_000
-_HASH_STRINGS = 65_536  # strings hashed at a time: their bytes take eight times their size
 
 
 class RowBlocks(Protocol):
@@ -76,65 +75,12 @@ class TableRows:
 
 
 @dataclass(frozen=True)
-class StoredRows:
-    """Rows in Parquet files, such as those of features artifacts. Vectors are not read.
-
-    places: (store, key) of each block; starts: as in RowBlocks.
-    """
-
-    places: tuple[tuple[Store, str], ...]
-    starts: tuple[int, ...]
-
-    def read(self, block: int) -> pa.Table:
-        store, key = self.places[block]
-        file = pq.ParquetFile(pa.BufferReader(store.read(key)))
-        return file.read([name for name in file.schema_arrow.names if name in SCHEMA.names or name == "faces"])
-
-
-@dataclass(frozen=True)
 class Parts:
     """How many files there are: of rows with an id, of rows without, of the index of sources."""
 
     ids: int
     outside: int
     sources: int
-
-
-def hash_strings(texts: pa.Array | pa.ChunkedArray) -> NDArray[np.uint64]:
-    """64-bit hashes of texts, vectorised: a polynomial over their bytes modulo 2^64, mixed. Null hashes as "".
-
-    Not cryptographic: who wants to can make sources collide, which costs a look-up a few rows more and no more than that.
-    """
-    chunks = texts.chunks if isinstance(texts, pa.ChunkedArray) else [texts]
-    parts = [_hash(chunk.slice(start, _HASH_STRINGS)) for chunk in chunks for start in range(0, len(chunk), _HASH_STRINGS)]
-    return np.concatenate(parts) if parts else np.empty(0, np.uint64)
-
-
-def _hash(texts: pa.Array) -> NDArray[np.uint64]:
-    column = pa.concat_arrays([texts.fill_null("").cast(pa.large_string())])
-    offsets = np.frombuffer(column.buffers()[1], np.int64)[column.offset : column.offset + len(column) + 1]
-    data = column.buffers()[2]
-    values = np.frombuffer(data, np.uint8)[offsets[0] : offsets[-1]] if data is not None else np.empty(0, np.uint8)
-    begins, lengths = offsets[:-1] - offsets[0], np.diff(offsets)
-    powers = np.full(int(lengths.max()) + 1, 0x9E3779B97F4A7C15, np.uint64)
-    powers[0] = 1
-    powers = np.cumprod(powers)
-    place = np.arange(len(values)) - np.repeat(begins, lengths)
-    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum((values.astype(np.uint64) + np.uint64(1)) * powers[place])])
-    mixed: NDArray[np.uint64] = sums[begins + lengths] - sums[begins]
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64
-        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-    return mixed ^ (mixed >> np.uint64(31))
-
-
-def part_of(hashes: NDArray[np.uint64], num_parts: int) -> NDArray[np.int64]:
-    """Which of equal ranges of the upper 32 bits each hash lies in."""
-    return ((hashes >> np.uint64(32)) * np.uint64(num_parts) >> np.uint64(32)).astype(np.int64)
-
-
-def id_heads(ids: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    """The first 64 bits of ids (n, 32), as numbers whose order is that of the ids."""
-    return np.ascontiguousarray(ids[:, :8]).view(">u8").astype(np.uint64).reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -208,41 +154,6 @@ def to_parquet(table: pa.Table) -> bytes:
 
 
 @dataclass(frozen=True)
-class ScatterEvidence:
-    """Reads blocks of what a crawl knows of its images, and writes a piece for every file of the ledger that they touch."""
-
-    rows: RowBlocks
-    files: Store
-    parts: Parts
-
-    def __call__(self, task: Mapping[str, Any]) -> Mapping[str, Any]:
-        """task: index, first and last block."""
-        blocks = [self.rows.read(block) for block in range(task["first"], task["last"])]
-        table = pa.concat_tables(blocks, promote_options="default")
-        table = table.filter(pc.is_valid(table["id"]))
-        known = [name for name in _EVIDENCE if name in table.column_names]
-        fields = [SCHEMA.field(name) for name in ("id", "source", *known)]
-        table = pa.table([table[field.name].cast(field.type) for field in fields], schema=pa.schema(fields))
-        for number, rows in _groups(part_of(id_heads(hex_to_ids(table["id"])), self.parts.ids)):
-            self.files.put(_piece("evidence", number, task["index"], "parquet"), to_parquet(table.take(pa.array(rows))))
-        return {"index": task["index"]}
-
-
-def join_evidence(rows: pa.Table, evidence: pa.Table) -> pa.Table:
-    """Rows with the columns of the evidence about the same id and source; of several, the first by their values."""
-    known = evidence.column_names[2:]
-    evidence = evidence.sort_by([(name, "ascending") for name in evidence.column_names])
-    keys = ["id", "source"]
-    numbered = evidence.select(keys).append_column("right", pa.array(np.arange(evidence.num_rows)))
-    first = numbered.group_by(keys).aggregate([("right", "min")])
-    left = rows.select(keys).append_column("left", pa.array(np.arange(rows.num_rows)))
-    place = left.join(first, keys, join_type="left outer").sort_by("left")["right_min"]
-    for name in known:
-        rows = rows.set_column(rows.schema.get_field_index(name), SCHEMA.field(name), evidence[name].take(place))
-    return rows
-
-
-@dataclass(frozen=True)
 class GatherRows:
     """Joins the pieces of one file of the ledger, or of one file of the index of sources."""
 
@@ -252,7 +163,7 @@ class GatherRows:
         """task: what ("rows" or "sources"), number. Writes the file, then what it holds as JSON."""
         what, number = task["what"], task["number"]
         keys = [entry.key for entry in self.files.list(f"{_WORK}{what}/{number:06d}/")]
-        table = self._rows(keys, number) if what == "rows" else self._sources(keys)
+        table = self._rows(keys) if what == "rows" else self._sources(keys)
         data = to_parquet(table)
         self.files.put(file_key(what, number), data)
         counted = {"num_rows": table.num_rows, "file": describe(data).model_dump(), "drops": []}
@@ -262,16 +173,9 @@ class GatherRows:
         self.files.put(_counts_key(what, number), json.dumps(counted).encode())
         return {"number": number}
 
-    def _rows(self, keys: Sequence[str], number: int) -> pa.Table:
+    def _rows(self, keys: Sequence[str]) -> pa.Table:
         tables = [pq.read_table(pa.BufferReader(self.files.read(key))) for key in keys]
-        if not tables:
-            return SCHEMA.empty_table()
-        rows = pa.concat_tables(tables).combine_chunks()
-        known = [self.files.read(entry.key) for entry in self.files.list(f"{_WORK}evidence/{number:06d}/")]
-        if known:
-            evidence = pa.concat_tables([pq.read_table(pa.BufferReader(data)) for data in known], promote_options="default")
-            rows = join_evidence(rows, evidence.combine_chunks())
-        return rows.sort_by(_ORDER)
+        return pa.concat_tables(tables).combine_chunks().sort_by(_ORDER) if tables else SCHEMA.empty_table()
 
     def _sources(self, keys: Sequence[str]) -> pa.Table:
         pieces = [read_array(self.files, key) for key in keys]
@@ -295,7 +199,6 @@ def write_ledger(
     decisions: Decisions,
     *,
     outside: RowBlocks | None = None,
-    evidence: RowBlocks | None = None,
     before: Sequence[StageCount] = (),
     settings: Mapping[str, float | None] | None = None,
     run_tasks: TaskMap = run_serially,
@@ -304,8 +207,7 @@ def write_ledger(
     """Write the whole ledger below `files`; returns its funnel. What an interrupted run finished is not done again.
 
     pool: the N rows that facts and decisions speak of. outside: rows without an image, each with a source, stage and reason.
-    evidence: what a crawl knows of images, columns id, source and any of page, alt, http_status, licence, robots, opt_out; rows
-    without an id are passed over. before: what the stages before the pool counted. settings: thresholds that sentences quote
+    before: what the stages before the pool counted. settings: thresholds that sentences quote
     (dup_threshold, max_nsfw_score ...). Scratch lies under `_work/`. Raises DataError when arrays disagree or the rows do not
     add up to what the stages counted.
     """
@@ -316,15 +218,13 @@ def write_ledger(
         )
     sizes = (num_pool, rows_per_file), (num_outside, rows_per_file), (num_pool + num_outside, 8 * rows_per_file)
     parts = Parts(*(max(1, -(-count // each)) for count, each in sizes))
-    places = {"pool": pool, "outside": outside, "evidence": evidence}
-    for number, (name, rows) in enumerate(places.items()):
+    for number, (name, rows) in enumerate({"pool": pool, "outside": outside}.items()):
         if rows is not None:
             tasks = _plan(rows.starts, number * _TASKS_OF_A_KIND, 2 * rows_per_file)
             waiting = _waiting(files, name, tasks)
             if name == "pool":
                 _lay_facts(files, facts, decisions, rows.starts, waiting)
-            function = ScatterEvidence(rows, files, parts) if name == "evidence" else ScatterRows(rows, files, parts)
-            for result in run_tasks(function, waiting, label=f"sorting the ledger ({name})"):
+            for result in run_tasks(ScatterRows(rows, files, parts), waiting, label=f"sorting the ledger ({name})"):
                 files.put(_done_key(name, result["index"]), b"")
     counted = {
         what: _gather(files, what, count, run_tasks)
@@ -346,7 +246,7 @@ def write_ledger(
 
 
 def _plan(starts: Sequence[int], first_index: int, rows_per_task: int) -> list[dict[str, Any]]:
-    """Consecutive blocks as tasks of about so many rows. first_index: pieces of all kinds lie side by side."""
+    """Consecutive blocks as tasks of about so many rows. first_index: pieces of both kinds lie side by side."""
     tasks, first = list[dict[str, Any]](), 0
     for block in range(len(starts) - 1):
         if starts[block + 1] - starts[first] >= rows_per_task or block + 2 == len(starts):

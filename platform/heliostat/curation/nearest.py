@@ -1,8 +1,8 @@
 """The nearest images of a pool for each query: exact by products in strips, or by an inverted file and exact re-scoring.
 
-As in products.py a fast product proposes and an exact one decides: a query's k-th best similarity so far, less the largest error
-of the fast product, is what an image must reach to be looked at exactly. Ties go to the smaller row. So an exact search gives the
-same bytes however it was cut and whatever it ran on.
+As in products.py a fast product proposes and an exact one decides: a query's k-th best similarity so far, less the largest
+error of the fast product, is what an image must reach to be looked at exactly. Ties go to the smaller row. So an exact search
+gives the same bytes however it was cut and whatever it ran on.
 """
 
 from collections.abc import Mapping, Sequence

@@ -15,7 +15,8 @@ def render_template(path: Path, **values: Any) -> str:
         "percent": lambda value: f"{100 * value:.1f}",
         "duration": duration,
         "bytes": size,
-        "share": share,
+        "ratio": ratio,
+        "interval": interval,
         "number": number,
     }
     return environment.from_string(path.read_text(encoding="utf-8")).render(**values)
@@ -42,16 +43,22 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:,.1f} PB"
 
 
-def share(value: Mapping[str, Any]) -> str:
-    """A `planted_score.Share` as text: `98.2 % of 510 (96.6-99.0)`."""
-    if value["ratio"] is None:
-        return "none planted"
-    interval = f" ({100 * value['low']:.1f}-{100 * value['high']:.1f})" if value["low"] is not None else ""
-    return f"{100 * value['ratio']:.1f} % of {value['planted']:,}{interval}"
+def ratio(share: Mapping[str, Any]) -> str:
+    """The share of a `planted_score.Share`: `98.2 %`, or `none planted`."""
+    return "none planted" if share["ratio"] is None else f"{100 * share['ratio']:.1f} %"
+
+
+def interval(share: Mapping[str, Any]) -> str:
+    """Of how many, and the 95 % interval: `of 510, 96.6-99.0`."""
+    if share["ratio"] is None:
+        return ""
+    return f"of {share['planted']:,}, {100 * share['low']:.1f}-{100 * share['high']:.1f}"
 
 
 def number(value: Any) -> str:
-    """Integers with thousands, other numbers with four digits, anything else as it is."""
+    """Integers with thousands, other numbers with four digits, the first ten of a list, anything else as it is."""
+    if isinstance(value, list | tuple):
+        return ", ".join(number(one) for one in value[:10]) + (", ..." if len(value) > 10 else "")
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

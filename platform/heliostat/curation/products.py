@@ -2,9 +2,9 @@
 
 The similarity of two images is the inner product of their stored float16 vectors, capped at 1, as float32. In float64 that
 product is EXACT: a product of two float16 is a multiple of 2^-48, and partial sums of L2-normalised vectors stay below 2, so no
-bit is ever rounded away (53 are there) and the order of summation does not matter. So the result depends neither on how the work
-was cut nor on the hardware: the fast product (bfloat16 on a CPU with matrix units, float16 on a GPU, float32 elsewhere) only has
-to propose every pair that could reach the floor, for which its largest possible error is subtracted first.
+bit is ever rounded away (53 are there) and the order of summation does not matter. So the result depends neither on how the
+work was cut nor on the hardware: the fast product (bfloat16 on a CPU with matrix units, float16 on a GPU, float32 elsewhere)
+only has to propose every pair that could reach the floor, for which its largest possible error is subtracted first.
 """
 
 import time
@@ -32,8 +32,8 @@ DENSE_HITS = 24_576
 D 512, one core)."""
 
 ERROR = {torch.bfloat16: 0.0105, torch.float16: 0.01, torch.float32: 1e-4}
-"""Largest error of the fast product of unit vectors. bfloat16: 2 x 2^-8 from the operands (Cauchy-Schwarz) and 2^-9 from rounding
-the result. float16 is exact on the way in; 0.01 covers sums that a GPU may keep in float16. float32: summation."""
+"""Largest error of the fast product of unit vectors. bfloat16: 2 x 2^-8 from the operands (Cauchy-Schwarz) and 2^-9 from
+rounding the result. float16 is exact on the way in; 0.01 covers sums that a GPU may keep in float16. float32: summation."""
 
 MAX_NORM = 1.01
 """float16 rounds a unit vector to a norm of 1 +- 0.0005; more is not normalised, and the errors above would not hold."""
@@ -44,6 +44,13 @@ KEPT_PAIRS = 4_000_000
 
 PAIRS_AT_ONCE = 512
 """Pairs compared exactly at once: their vectors stay in the cache (measured: 0.5 us a pair at 512, 2 us with 4,096 at once)."""
+
+
+SCORED_AT_ONCE = 100_000
+"""Proposals that wait to be compared exactly, over many tiles: a call costs as much as 100 pairs."""
+
+Proposals = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""Positions in the first and in the second operand."""
 
 
 class Pairs(NamedTuple):
@@ -124,6 +131,7 @@ def order_key(values: torch.Tensor) -> NDArray[Any]:
     return np.asarray(values.view(integers).numpy())
 
 
+@cache
 def floor_key(floor: float, dtype: torch.dtype) -> int:
     """The key of a positive number, rounded down."""
     value = torch.tensor([floor], dtype=torch.float64).to(dtype)
@@ -135,23 +143,54 @@ def similar_pairs(first: Operand, second: Operand, floor: float, *, neighbors: i
     """Pairs of global rows with similarity >= floor (> 0), those among the `neighbors` best of either row.
 
     same: both operands are one set; every pair is then found once and no row is paired with itself. Best means the larger
-    similarity, then the smaller row. Within two sets a row has no other neighbours, so what is left out here cannot be among the
-    best of a row in any larger set.
+    similarity, then the smaller row. Within two sets a row has no other neighbours, so what is left out here cannot be among
+    the best of a row in any larger set.
     """
     found: list[Pairs] = []
-    held = 0
+    proposed: list[Proposals] = []
+    held = waiting = 0
     step = GPU_TILE if first.fast.is_cuda else TILE
+    dense_hits = DENSE_HITS * (step // TILE) ** 2
+    scratch = torch.empty((step, step), dtype=first.fast.dtype, device=first.fast.device)
     for top in range(0, len(first), step):
         for left in range(top if same else 0, len(second), step):
-            pairs = _tile(first, second, (top, left), floor, neighbors=neighbors, same=same)
-            if len(pairs.first):
-                found.append(Pairs(first.rows[pairs.first], second.rows[pairs.second], pairs.similarity))
-                held += len(pairs.first)
+            rows, columns = _proposals(_product(first, second, (top, left), scratch), floor - ERROR[scratch.dtype])
+            if len(rows) > dense_hits:
+                found.append(_dense(first, second, (top, left), floor, neighbors=neighbors, same=same))
+                held += len(found[-1].first)
+            elif len(rows):
+                proposed.append((rows + top, columns + left))
+                waiting += len(rows)
+            if waiting > SCORED_AT_ONCE or (waiting and held > KEPT_PAIRS):
+                found.append(_scored(first, second, proposed, floor, same=same))
+                held, waiting, proposed = held + len(found[-1].first), 0, []
             if held > KEPT_PAIRS:
                 found = [best_of_either(concatenated(found), neighbors)]
                 # What is left cannot shrink much further; wait until as much again has come.
                 held = max(0, len(found[0].first) - KEPT_PAIRS // 2)
+    if proposed:
+        found.append(_scored(first, second, proposed, floor, same=same))
     return best_of_either(concatenated(found), neighbors)
+
+
+def _product(first: Operand, second: Operand, corner: tuple[int, int], scratch: torch.Tensor) -> torch.Tensor:
+    """The fast product of one tile; whole tiles into the same memory, because new pages cost as much as the product."""
+    (top, left), step = corner, len(scratch)
+    some, others = first.fast[top : top + step], second.fast[left : left + step]
+    if len(some) == len(others) == step:
+        return torch.mm(some, others.T, out=scratch)
+    return torch.mm(some, others.T)
+
+
+def _scored(first: Operand, second: Operand, proposed: list[Proposals], floor: float, *, same: bool) -> Pairs:
+    """The proposals that do reach the floor, as global rows."""
+    rows, columns = (np.concatenate(positions) for positions in zip(*proposed, strict=True))
+    if same:
+        upper = rows < columns
+        rows, columns = rows[upper], columns[upper]
+    similarity = exact_similarities(first.stored, second.stored, (rows, columns))
+    kept = similarity >= np.float32(floor)
+    return Pairs(first.rows[rows[kept]], second.rows[columns[kept]], similarity[kept])
 
 
 def concatenated(pairs: list[Pairs]) -> Pairs:
@@ -190,28 +229,7 @@ def rank_in_runs(labels: NDArray[Any]) -> NDArray[np.int64]:
     return position - np.repeat(starts, np.diff(np.r_[starts, len(labels)]))
 
 
-def _tile(
-    first: Operand, second: Operand, corner: tuple[int, int], floor: float, *, neighbors: int, same: bool
-) -> Pairs:
-    """Pairs of one tile, as positions in the operands."""
-    top, left = corner
-    step = GPU_TILE if first.fast.is_cuda else TILE
-    some, others = first.fast[top : top + step], second.fast[left : left + step]
-    rows, columns = _proposals(torch.mm(some, others.T), floor - ERROR[some.dtype])
-    if same and top == left:
-        upper = rows < columns
-        rows, columns = rows[upper], columns[upper]
-    if not len(rows):
-        return NO_PAIRS
-    if len(rows) > DENSE_HITS:
-        return _dense(first, second, corner, floor, neighbors=neighbors, same=same)
-    rows, columns = rows + top, columns + left
-    similarity = exact_similarities(first.stored, second.stored, (rows, columns))
-    kept = similarity >= np.float32(floor)
-    return Pairs(rows[kept], columns[kept], similarity[kept])
-
-
-def _proposals(product: torch.Tensor, floor: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _proposals(product: torch.Tensor, floor: float) -> Proposals:
     """Rows and columns of the values that reach the floor."""
     if product.is_cuda:
         rows, columns = torch.nonzero(product >= floor, as_tuple=True)
@@ -220,17 +238,14 @@ def _proposals(product: torch.Tensor, floor: float) -> tuple[NDArray[np.int64], 
         reached_rows, reached_columns = np.nonzero((product >= floor).numpy())
         return reached_rows, reached_columns
     keys, least = order_key(product), floor_key(floor, product.dtype)
-    rows = np.flatnonzero(keys.max(axis=1) >= least)
-    if not len(rows):
-        return rows, rows
-    flat = np.flatnonzero(keys[rows] >= least)
-    return rows[flat // keys.shape[1]], flat % keys.shape[1]
+    reached = np.flatnonzero(keys.max(axis=1) >= least)
+    flat = np.flatnonzero(keys[reached] >= least)
+    return reached[flat // keys.shape[1]], flat % keys.shape[1]
 
 
-def _dense(
-    first: Operand, second: Operand, corner: tuple[int, int], floor: float, *, neighbors: int, same: bool
-) -> Pairs:
-    """`_tile` where most pairs are similar: float64 products, and the best of every row and column by partial sorting."""
+def _dense(first: Operand, second: Operand, corner: tuple[int, int], floor: float, *, neighbors: int, same: bool) -> Pairs:
+    """A tile where many pairs are similar, as global rows: float64 products, and the best of every row and column by partial
+    sorting."""
     found = []
     step = GPU_TILE if first.fast.is_cuda else TILE
     for top in range(corner[0], min(corner[0] + step, len(first)), TILE):
@@ -240,9 +255,7 @@ def _dense(
     return concatenated(found)
 
 
-def _dense_tile(
-    first: Operand, second: Operand, corner: tuple[int, int], floor: float, *, neighbors: int, same: bool
-) -> Pairs:
+def _dense_tile(first: Operand, second: Operand, corner: tuple[int, int], floor: float, *, neighbors: int, same: bool) -> Pairs:
     top, left = corner
     some = torch.from_numpy(first.stored[top : top + TILE]).double()
     others = torch.from_numpy(second.stored[left : left + TILE]).double()
@@ -264,4 +277,4 @@ def _dense_tile(
         kept |= key >= least
     kept &= similarity >= np.float32(floor)
     rows, columns = np.nonzero(np.triu(kept, 1) if diagonal else kept)
-    return Pairs(rows + top, columns + left, similarity[rows, columns])
+    return Pairs(first.rows[rows + top], second.rows[columns + left], similarity[rows, columns])

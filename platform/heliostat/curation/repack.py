@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -18,6 +19,7 @@ from heliostat.artifacts import describe
 from heliostat.curation.face_blur import blur_faces
 from heliostat.curation.features import FACES
 from heliostat.curation.features_config import FaceBlurConfig
+from heliostat.curation.pool import Pool
 from heliostat.data.manifest import manifest_to_bytes
 from heliostat.data.packing import shard_key
 from heliostat.data.shard_image import EXTENSION_OF_FORMAT, IMAGE_EXTENSIONS, image_id
@@ -161,6 +163,20 @@ class RepackShard:
             for face in row["faces"]
         ]
         return blur_faces(data, np.array(boxes, np.float32), self.faces)
+
+
+def has_faces_to_blur(pool: Pool, config: FaceBlurConfig) -> NDArray[np.bool_]:
+    """(N,) whether `RepackShard` would blur a face of each image: one that is certain enough and has an area."""
+    found = np.zeros(pool.num_rows, np.bool_)
+    for start, table in pool.blocks(["faces"]):
+        faces = table["faces"].combine_chunks()
+        boxes = pc.list_flatten(faces)
+        left, top, right, bottom, score = (
+            pc.struct_field(boxes, name).to_numpy() for name in ("left", "top", "right", "bottom", "score")
+        )
+        certain = (score >= config.min_face_score) & (right > left) & (bottom > top)
+        found[start + pc.list_parent_indices(faces).to_numpy()[certain]] = True
+    return found
 
 
 def _read(raws: Sequence[Store], wanted: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], bytes]]:

@@ -1,8 +1,8 @@
 """Representatives and the guard against chains, for the images of some whole components.
 
-In a chain A is like B, B like C, and A unlike C. The guard keeps with the representative only what is similar enough to it; what is
-left forms components of its own, each with its own representative, until every image is settled. Edges alone can answer that
-when the guard lies at or above the smallest similarity stored: a pair that is not stored is less similar than that.
+In a chain A is like B, B like C, and A unlike C. The guard keeps with the representative only what is similar enough to it;
+what is left forms components of its own, each with its own representative, until every image is settled. Edges alone can
+answer that when the guard lies at or above the smallest similarity stored: a pair that is not stored is less similar than that.
 """
 
 from collections.abc import Callable
@@ -44,8 +44,8 @@ def best_of_component(label_M: NDArray[np.int64], rank_M: NDArray[np.int64]) -> 
 def settle(edges: Edges, rank_M: NDArray[np.int64], guard: float, similarities: Similarities) -> Settled:
     """Settle M images. edges: between their positions; rank: int64, distinct, smallest is best; guard: -1 switches it off.
 
-    Each round takes the components of the images left, keeps what is near enough to the best of each, and leaves the rest to the
-    next round with the edges among themselves. Every round settles at least one image of every component, so it ends.
+    Each round takes the components of the images left, keeps what is near enough to the best of each, and leaves the rest to
+    the next round with the edges among themselves. Every round settles at least one image of every component, so it ends.
     """
     num_images = len(rank_M)
     representative, unguarded = np.arange(num_images), np.arange(num_images)

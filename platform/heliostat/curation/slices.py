@@ -30,9 +30,7 @@ def write_slices(store: Store, key: str, records: NDArray[Any], destination: NDA
     write_array(store, key + DONE, np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
 
 
-def read_slices(
-    store: Store, keys: Iterable[str], destinations: range, dtype: np.dtype[Any]
-) -> NDArray[Any]:
+def read_slices(store: Store, keys: Iterable[str], destinations: range, dtype: np.dtype[Any]) -> NDArray[Any]:
     """Records for a range of neighbouring destinations from every object, one after the other. DataError where one is torn."""
     parts = [np.empty(0, dtype)]
     for key in keys:

@@ -7,6 +7,7 @@ whose header cannot be read is packed all the same, with width 0 in its row and 
 import errno
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import pyarrow as pa
 
@@ -37,14 +38,42 @@ _REFUSALS = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
 
 Put = Callable[[str, bytes], None]
 
+FORGOTTEN_NAME = "(forgotten)"
+"""Stands for the name of an image that was turned away because somebody asked to forget it."""
+
+
+class Refusal(Protocol):
+    """Images that must not be taken although they could be. Instances can be pickled."""
+
+    def of_sources(self, sources: Sequence[str]) -> Sequence[bool]:
+        """For each source, whether its image must not even be asked for."""
+
+    def of_image(self, image: ShardImage) -> bool:
+        """Whether an image must not be packed."""
+
 
 @dataclass(frozen=True)
 class Packing:
-    """How shards are written. A shard is full at either limit, whichever comes first; one image may exceed the second."""
+    """How shards are written. A shard is full at either limit, whichever comes first; one image may exceed the second.
+
+    refusal: what must not be taken; no setting, so it is in no fingerprint.
+    """
 
     images_per_shard: int = 1024
     shard_bytes: int = 2**30
     format: ShardFormat = "tar"
+    refusal: Refusal | None = None
+
+    @property
+    def settings(self) -> dict[str, int | str]:
+        """What changes the shards."""
+        return {"images_per_shard": self.images_per_shard, "shard_bytes": self.shard_bytes, "format": self.format}
+
+    def refused(self, image: ShardImage) -> Rejection | None:
+        """The rejection of an image that must not be taken; its name is not written down again."""
+        if self.refusal is None or not self.refusal.of_image(image):
+            return None
+        return Rejection(FORGOTTEN_NAME, "", 0, len(image.data), image.id, "forgotten", "somebody asked to forget it")
 
 
 @dataclass
@@ -79,6 +108,8 @@ def pack_files(source: Store, files: Sequence[SourceFile], index: int, packing: 
     rejections = []
     for file in files:
         found = _read_file(read, file)
+        if not isinstance(found, Rejection):
+            found = packing.refused(found) or found
         if isinstance(found, Rejection):
             rejections.append(found)
         else:
@@ -135,7 +166,12 @@ def pack_container(source: Source, file: SourceFile, index: int, packing: Packin
     content = BytesOfObject(store, file.key, file.num_bytes)
     reader = TarIndex(content, file.key, is_strict=False) if source.kind == "tars" else ParquetIndex(content, file.key)
     number, images, num_bytes = 0, list[ShardImage](), 0
+    num_refused = 0
     for found in _images(reader):
+        if not isinstance(found, Rejection) and (refused := packing.refused(found)):
+            rejections.append(refused)
+            num_refused += 1
+            continue
         if isinstance(found, Rejection):
             rejections.append(found)
             continue
@@ -147,6 +183,8 @@ def pack_container(source: Source, file: SourceFile, index: int, packing: Packin
     if images:
         _write(images, shard_key(index, packing.format, number), packing.format, builder, put)
     reader.account.check(file.key)
+    reader.account.num_images -= num_refused
+    reader.account.num_rejected += num_refused
     return Packed(builder.table(), rejections + builder.rejections, reader.account)
 
 

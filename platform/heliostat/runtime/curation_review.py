@@ -216,9 +216,9 @@ def _report_data(
 
 def _image_statistics(curated: "Curated") -> dict[str, Any]:
     before, after = ImageStatistics(), ImageStatistics()
-    kept = curated.result.decisions.cause == 0
+    kept, decoded = curated.result.decisions.cause == 0, curated.columns.decoded
     for start, table in curated.copies.pool.blocks(["source", "length", "width", "height", "format"]):
-        before.add(table, np.ones(table.num_rows, np.bool_))
+        before.add(table, decoded[start : start + table.num_rows])  # a header that lies would count for megapixels
         after.add(table, kept[start : start + table.num_rows])
     return {"before": before.as_dict(), "after": after.as_dict()}
 

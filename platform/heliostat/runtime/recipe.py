@@ -1,6 +1,7 @@
 """The whole recipe: one section per stage. `heliostat run` takes those that are present, in order."""
 
 import re
+from collections.abc import Iterable
 from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -20,6 +21,9 @@ from heliostat.tracking import TrackingConfig
 from heliostat.training.recipe import DistillConfig, PretrainConfig, phase_config
 
 STAGES = ("crawl", "ingest", "embed", "dedup", "curate", "pretrain", "sweep", "distill", "evaluate", "publish")
+SETS = ("curated", "evaluation", "labelled", "heldout", "pictures")
+"""What ingest makes besides the pool: raw/<name>-<set>."""
+
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
 
@@ -80,11 +84,6 @@ class DedupStage(DedupConfig):
     evaluation: dict[str, str] = Field(default_factory=dict)
     """Sets that the result must not show: name -> raw/name@version; the recipe's own evaluation images are among them."""
 
-    @field_validator("evaluation")
-    @classmethod
-    def _check_names(cls, sets: dict[str, str]) -> dict[str, str]:
-        return _checked_names(sets, "dedup.evaluation")
-
 
 class CurateStage(CurateConfig):
     """The curate stage: copies -> the training set."""
@@ -97,11 +96,20 @@ class CurateStage(CurateConfig):
     """Bytes of images after which a shard is closed too; bounds the memory of packing one."""
 
 
-def _checked_names(sets: dict[str, str], what: str) -> dict[str, str]:
-    for name in sets:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+def _check_set_names(names: Iterable[str], what: str) -> None:
+    for name in names:
+        if not re.fullmatch(_NAME, name):
             raise ValueError(f"{what}: {name!r} cannot name an artifact; use letters, digits, '.', '_' and '-'")
-    return sets
+
+
+def _check_kind(key: str, name: str, kind: str) -> None:
+    """ValueError unless `name`, where there is one, is kind/name@version of this kind."""
+    try:
+        if not name or ArtifactRef.parse(name).kind == kind:
+            return
+    except UsageError as error:
+        raise ValueError(f"{key}: {error}") from error
+    raise ValueError(f"{key}={name} is of another kind; name {kind}/NAME@VERSION")
 
 
 class Recipe(StrictModel):
@@ -214,10 +222,10 @@ class Recipe(StrictModel):
         """Sets that the training set must not show: name -> raw artifact; the recipe's own first."""
         own = self.ingest is not None and bool(self.ingest.evaluation)
         sets = {"evaluation": str(self.ref("raw", "-evaluation"))} if own else {}
-        return sets | (self.dedup.evaluation if self.dedup is not None else {})
+        return _joined(sets, self.dedup.evaluation if self.dedup is not None else {})
 
     def curated_sets(self) -> dict[str, str]:
-        """Sets that retrieval serves: name -> raw artifact, in the order of the recipe. Raises UsageError for none."""
+        """Sets that retrieval serves: name -> raw artifact, in the order of the recipe."""
         if self.curate is None:
             return {}
         config, own = self.curate.retrieval, str(self.ref("raw", "-curated"))
@@ -226,12 +234,26 @@ class Recipe(StrictModel):
         return {"curated": own} if config.mode != "none" else {}
 
     def embedded_sets(self) -> dict[str, str]:
-        """All sets besides the pool that must be embedded: name -> raw artifact. Raises UsageError for two of one name."""
-        sets = self.evaluation_sets()
-        for name, artifact in self.curated_sets().items():
-            if sets.setdefault(name, artifact) != artifact:
-                raise UsageError(f"{name} names two sets, {sets[name]} and {artifact}; rename one of them")
-        return sets
+        """All sets besides the pool that must be embedded: name -> raw artifact."""
+        return _joined(self.evaluation_sets(), self.curated_sets())
+
+    @model_validator(mode="after")
+    def _check_artifacts_that_curation_names(self) -> Self:
+        if self.embed is not None:
+            _check_kind("embed.raw", self.embed.raw, "raw")
+        if self.dedup is not None:
+            _check_kind("dedup.features", self.dedup.features, "features")
+            _check_kind("dedup.previous", self.dedup.previous, "copies")
+            _check_set_names(self.dedup.evaluation, "dedup.evaluation")
+            for name, artifact in self.dedup.evaluation.items():
+                _check_kind(f"dedup.evaluation.{name}", artifact, "raw")
+        if self.curate is not None:
+            _check_kind("curate.copies", self.curate.copies, "copies")
+            _check_set_names(self.curate.retrieval.sets, "curate.retrieval.sets")
+            for name, one in self.curate.retrieval.sets.items():
+                _check_kind(f"curate.retrieval.sets.{name}.artifact", one.artifact, "raw")
+        self.embedded_sets()
+        return self
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
@@ -267,6 +289,14 @@ class Recipe(StrictModel):
     def stages(self) -> list[str]:
         """The stages that are present, in order."""
         return [stage for stage in STAGES if getattr(self, stage) is not None]
+
+
+def _joined(first: dict[str, str], second: dict[str, str]) -> dict[str, str]:
+    """Both mappings as one. Raises ValueError for a name that stands for two artifacts."""
+    for name, artifact in second.items():
+        if first.get(name, artifact) != artifact:
+            raise ValueError(f"{name} names two sets, {first[name]} and {artifact}; rename one of them")
+    return first | second
 
 
 def scope_overrides(overrides: tuple[str, ...], stage: str) -> list[str]:

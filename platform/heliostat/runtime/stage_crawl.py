@@ -4,12 +4,15 @@ import json
 from collections import Counter
 from typing import Any
 
+import pyarrow.compute as pc
+
 from heliostat.artifacts import WORK, Artifact, Draft, FileRecord, compute_fingerprint
 from heliostat.crawling.config import check_contact
 from heliostat.crawling.download import DownloadUrls
 from heliostat.crawling.extract import ExtractLinks, plan_inputs
 from heliostat.crawling.plan import Plan, plan_downloads
-from heliostat.crawling.tables import links_key
+from heliostat.crawling.tables import LOG_SCHEMA, links_key, log_key, read_table
+from heliostat.curation.forget_list import read_forget_list
 from heliostat.data.packing import Packing
 from heliostat.data.quarantine import QUARANTINE
 from heliostat.errors import DataError
@@ -105,21 +108,21 @@ def _counts(plan: Plan) -> dict[str, Any]:
 
 
 def _download(context: Context, config: CrawlStage, draft: Draft, plan: Plan, run_tasks: RayTasks) -> dict[str, int]:
-    """Fetch and pack; returns how many URLs ended how, those of an interrupted run included."""
+    """Fetch and pack; returns how many URLs ended how, as the fetch log tells."""
     finished = {entry.key for entry in draft.files.list(f"{WORK}rows/")}
     waiting = [task for task in plan.task_list if rows_key(task["index"]) not in finished]
-    packing = Packing(config.images_per_shard, config.shard_bytes, "tar")
-    gauges, done = Gauges(), len(plan.tasks) - len(waiting)
-    function = DownloadUrls(draft.files.child(CRAWL), draft.files, config, packing)
-    for result in run_tasks(function, waiting, label="fetching"):
+    refusal = read_forget_list(context.artifacts.store)
+    packing = Packing(config.images_per_shard, config.shard_bytes, "tar", None if refusal.is_empty else refusal)
+    gauges, done, room = Gauges(), len(plan.tasks) - len(waiting), draft.files.child(CRAWL)
+    for result in run_tasks(DownloadUrls(room, draft.files, config, packing), waiting, label="fetching"):
         for key, file in result["written"].items():
             draft.note(key, FileRecord(**file))
-        draft.put(f"{WORK}statuses/{result['index']:06d}.json", json.dumps(result["statuses"]).encode())
         done += 1
         gauges.set(str(draft.ref), {"crawl/tasks_done": float(done)})
     total = Counter[str]()
-    for entry in draft.files.list(f"{WORK}statuses/"):
-        total.update(json.loads(draft.files.read(entry.key)))
+    for task in plan.task_list:
+        counted = pc.value_counts(read_table(room, log_key(task["index"]), LOG_SCHEMA)["status"])
+        total.update({pair["values"]: pair["counts"] for pair in counted.to_pylist()})
     return dict(sorted(total.items()))
 
 

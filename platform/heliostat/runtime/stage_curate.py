@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from heliostat.artifacts import WORK, Artifact, ArtifactRef, Draft, FileRecord
 from heliostat.curation.copies_rows import CopiesRows
 from heliostat.curation.curate import Curation, curate
+from heliostat.curation.features_config import FaceBlurConfig
 from heliostat.curation.ledger_facts import LedgerFacts
-from heliostat.curation.pool import FeatureFiles, PoolColumns, read_columns
-from heliostat.curation.repack import PLAN_COLUMNS, RepackPlan, RepackShard, ShardSize
+from heliostat.curation.pool import FeatureFiles, PoolColumns, id_bytes, read_columns
+from heliostat.curation.repack import PLAN_COLUMNS, RepackPlan, RepackShard, ShardSize, has_faces_to_blur
 from heliostat.data.manifest import MANIFEST_SCHEMA, join_manifests, manifest_from_bytes, manifest_to_bytes
 from heliostat.errors import DataError
 from heliostat.runtime.curation_review import write_review
@@ -75,7 +76,7 @@ def run_curate(context: Context, config: CurateStage) -> Artifact:
             )
         with times.step("reading the pool", images=opened.pool.num_rows):
             columns = read_columns(opened.pool)
-        facts = _facts(opened, rows, columns, result, blur=config.faces.enabled)
+        facts = _facts(opened, rows, columns, result, faces=config.faces)
         curated = Curated(opened, rows, columns, sets, raws, result, facts, MANIFEST_SCHEMA.empty_table())
         curated = replace(curated, manifest=_repack(config, draft, curated, run_tasks))
         rows_in = write_review(context, config, draft, curated, times)
@@ -87,10 +88,10 @@ def run_curate(context: Context, config: CurateStage) -> Artifact:
     return make(context, recipe.ref("curated"), stage="curate", config=settings, inputs=inputs, work=work)
 
 
-def _facts(copies: CopiesArtifact, rows: CopiesRows, columns: PoolColumns, result: Curation, *, blur: bool) -> LedgerFacts:
+def _facts(
+    copies: CopiesArtifact, rows: CopiesRows, columns: PoolColumns, result: Curation, *, faces: FaceBlurConfig
+) -> LedgerFacts:
     """What is known about every row, for the ledger and the sheets."""
-    from heliostat.curation.pool import id_bytes
-
     reference_ids, codes = list[NDArray[np.uint8]](), list[NDArray[np.uint8]]()
     for code, features in enumerate(copies.evaluation.values()):
         found = [id_bytes(features.read(block, ["id"])["id"]) for block in range(len(features.keys))]
@@ -113,7 +114,7 @@ def _facts(copies: CopiesArtifact, rows: CopiesRows, columns: PoolColumns, resul
         evaluation_sets=tuple(copies.evaluation),
         retrieved_by=result.retrieved_by,
         cluster_levels=result.cluster_levels,
-        faces_blurred=kept & (columns.num_faces > 0) if blur else None,
+        faces_blurred=kept & has_faces_to_blur(copies.pool, faces) if faces.enabled else None,
     )
 
 

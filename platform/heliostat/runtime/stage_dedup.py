@@ -76,10 +76,10 @@ def run_dedup(context: Context, config: DedupStage) -> Artifact:
     inputs = {"features": features}
     if config.previous:
         inputs["previous"] = context.load(ArtifactRef.parse(config.previous))
+        _check_is_new(context, features, inputs["previous"])
     sets = list(recipe.evaluation_sets())
     for name in sets:
         inputs[f"evaluation_{name}"] = context.load(recipe.ref("features", f"-{name}"))
-    _check_kinds(inputs)
     settings = config_of(config, without=("features", "previous", "evaluation"))
     forgotten = read_forget_list(context.artifacts.store)
 
@@ -110,12 +110,12 @@ def run_dedup(context: Context, config: DedupStage) -> Artifact:
     return make(context, recipe.ref("copies"), stage="dedup", config=settings, inputs=inputs, work=work)
 
 
-def _check_kinds(inputs: dict[str, Artifact]) -> None:
-    for role, artifact in inputs.items():
-        wanted = "copies" if role == "previous" else "features"
-        if artifact.ref.kind != wanted:
-            key = role if role in ("features", "previous") else "evaluation"
-            raise UsageError(f"dedup.{key}={artifact.ref} is of another kind; name {wanted}/NAME@VERSION")
+def _check_is_new(context: Context, features: Artifact, previous: Artifact) -> None:
+    if features.ref in [one.ref for one in features_chain(context, previous)]:
+        raise UsageError(
+            f"dedup.previous={previous.ref} covers {features.ref} already, and each of its images would count twice; name the "
+            "features of the new crawl, or leave dedup.previous out"
+        )
 
 
 def _facts(found: Deduplicated, sets: list[str]) -> dict[str, Any]:

@@ -54,14 +54,13 @@ class OpenInstruments:
 
 def embed(context: Context, config: EmbedStage) -> Artifact:
     """Make the features of the pool and of every set that the recipe names; returns the pool's."""
-    pool = _embed_one(context, config, "", config.raw or str(context.recipe.ref("raw")))
-    for name, raw in context.recipe.embedded_sets().items():
-        _embed_one(context, config, f"-{name}", raw)
-    return pool
+    named = {"": config.raw or str(context.recipe.ref("raw"))}
+    named |= {f"-{name}": raw for name, raw in context.recipe.embedded_sets().items()}
+    raws = {suffix: context.load(ArtifactRef.parse(name)) for suffix, name in named.items()}  # a missing one is said first
+    return [_embed_one(context, config, suffix, raw) for suffix, raw in raws.items()][0]
 
 
-def _embed_one(context: Context, config: EmbedStage, suffix: str, raw_name: str) -> Artifact:
-    raw = context.load(ArtifactRef.parse(raw_name))
+def _embed_one(context: Context, config: EmbedStage, suffix: str, raw: Artifact) -> Artifact:
     inputs = {"raw": raw}
     for role in ("copy_embedder", "semantic_embedder"):
         name = getattr(config, role)

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from heliostat.artifacts import WORK, Artifact, Draft, FileRecord, describe
+from heliostat.curation.forget_list import read_forget_list
 from heliostat.data import photograph_pool, photographs
 from heliostat.data.manifest import join_manifests, manifest_from_bytes, manifest_to_bytes
 from heliostat.data.packing import Packed, Packing, group_files, index_in_place, pack_container, pack_files, reasons
@@ -21,14 +22,13 @@ from heliostat.data.tar_index import Account
 from heliostat.errors import DataError, UsageError
 from heliostat.runtime.pipelines import Context, Summary, make
 from heliostat.runtime.progress import Progress
-from heliostat.runtime.recipe import IngestConfig
+from heliostat.runtime.recipe import SETS, IngestConfig
 from heliostat.runtime.shards import map_shards
 from heliostat.storage import Store
 from heliostat.tracking import Run
 
 MANIFEST = "manifest.parquet"
 TRUTH = "truth.json"
-SETS = ("curated", "evaluation", "labelled", "heldout", "pictures")
 _PHOTOGRAPHS = "photographs"
 
 
@@ -186,7 +186,8 @@ def _ingest_one(context: Context, config: IngestConfig, suffix: str, uri: str) -
     in_place = _is_in_place(config, source, uri)
     if in_place and source is not None:
         identity["place_digest"] = hashlib.sha256(source.store.uri.encode()).hexdigest()  # paths are in no record
-    packing = Packing(config.images_per_shard, config.shard_bytes, config.format)
+    refusal = read_forget_list(context.artifacts.store)
+    packing = Packing(config.images_per_shard, config.shard_bytes, config.format, None if refusal.is_empty else refusal)
 
     def work(draft: Draft, run: Run) -> Summary:
         with tempfile.TemporaryDirectory(prefix="heliostat-photographs-") as folder:
@@ -199,7 +200,7 @@ def _ingest_one(context: Context, config: IngestConfig, suffix: str, uri: str) -
             return pack_source(context, draft, packed, packing, in_place=in_place)
 
     ref = context.recipe.ref("raw", f"-{suffix}" if suffix else "")
-    settings = identity if in_place else {**identity, **asdict(packing)}
+    settings = identity if in_place else {**identity, **packing.settings}
     return make(context, ref, stage="ingest", config=settings, inputs={}, work=work)
 
 

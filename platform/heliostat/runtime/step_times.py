@@ -1,7 +1,6 @@
 """How long the steps of a stage took, on the clock and on all processors, for the report's table of times."""
 
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ class StepTime:
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     images: int = 0
-    parts: Counter[str] = field(default_factory=Counter)
+    parts: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -43,7 +42,8 @@ class StepTimes:
         step = self.steps.setdefault(name, StepTime())
         step.cpu_seconds += cpu_seconds
         step.images += int(result.get("images", 0))
-        step.parts.update(result.get("cpu_seconds", {}))
+        for part, seconds in result.get("cpu_seconds", {}).items():
+            step.parts[part] = step.parts.get(part, 0.0) + seconds
 
     def rows(self, stage: str) -> list[dict[str, Any]]:
         """JSON-ready rows: stage, step, seconds, cpu_seconds, images, parts."""

@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
@@ -13,7 +14,7 @@ from heliostat.config import apply_overrides, find_recipe, shipped_recipes, vali
 from heliostat.errors import UsageError
 from heliostat.runtime.pipelines import Context
 from heliostat.runtime.progress import Progress
-from heliostat.runtime.recipe import Recipe, read_recipe, scope_overrides
+from heliostat.runtime.recipe import SETS, Recipe, read_recipe, scope_overrides
 from heliostat.runtime.weight_names import names_artifact, weights_path
 from heliostat.storage import open_store
 from heliostat.tracking import ui_command
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 OWN_IMAGES = "(own images)"
 _DEFAULT_STORE = "./heliostat-store"
+_SMALLEST_SECTIONS = {"crawl": "crawl.contact=... crawl.urls=[...]", "ingest": "ingest.pool=..."}
+"""Of sections in which every key has a default, and some must be given all the same."""
 
 
 def print_recipes() -> None:
@@ -58,18 +61,27 @@ def print_lineage(artifact: str, overrides: Sequence[str]) -> None:
 
 
 def print_why(artifact: str, image: str, overrides: Sequence[str]) -> None:
-    """Tell the story of one image of a curated artifact, by its id or its source."""
-    import io
+    """Tell the story of one image by its id or source. artifact: a curated one; empty asks all of the store, newest first."""
+    from heliostat.runtime.review_verbs import why
 
-    import pyarrow.parquet as pq
+    print("\n".join(why(_store_of(overrides), artifact, image)))
 
-    from heliostat.curation.ledger import explain
-    from heliostat.runtime.stage_curate import LEDGER
 
-    curated = _store_of(overrides).load(ArtifactRef.parse(artifact))
-    if curated.ref.kind != "curated":
-        raise UsageError(f"{artifact} is not a curated artifact; only curation keeps a ledger")
-    print("\n".join(explain(pq.read_table(io.BytesIO(curated.files.read(LEDGER))), image)))
+def print_what_if(artifact: str, words: Sequence[str]) -> None:
+    """Print what other thresholds would have kept. artifact: a curated one; empty takes the newest of the store."""
+    from heliostat.runtime.review_verbs import what_would_be
+
+    stores = [word for word in words if word.startswith("store=")]
+    asked = [word for word in words if not word.startswith("store=")]
+    print("\n".join(what_would_be(_store_of(stores), artifact, asked)))
+
+
+def forget_images(target: str, overrides: Sequence[str], *, dry_run: bool = False) -> None:
+    """Remove an image, a URL or a domain from every artifact of a store, and remember not to take it again."""
+    from heliostat.curation.forget import forget
+
+    report = forget(_store_of(overrides), target, is_dry_run=dry_run, notify=Progress().say)
+    print("\n".join(report.lines()))
 
 
 def shard_recipe(source: str, overrides: Sequence[str]) -> Recipe:
@@ -118,6 +130,7 @@ def run_recipe(name: str, overrides: Sequence[str], *, stage: str = "", dry_run:
         progress.say(f"chosen: {choice.what}  ({choice.why})")
     started = time.monotonic()
     with closing(Context(recipe, progress)) as context:
+        _check_sets(context, stages)
         last = None
         for each in stages:
             last = run_stage(context, each)
@@ -149,6 +162,28 @@ def _check_weights(recipe: Recipe, stages: Sequence[str]) -> None:
     for weights in named:
         if weights and not names_artifact(weights):
             weights_path(weights)
+    if "embed" in stages and recipe.embed is not None:
+        for key in ("copy_embedder", "semantic_embedder"):
+            name = getattr(recipe.embed, key)
+            if name not in ("", "copy", "thumbnail") and not names_artifact(name) and not Path(name).exists():
+                raise UsageError(
+                    f"embed.{key}={name}: no such file or folder; give thumbnail, copy, model/NAME@VERSION or a path that exists"
+                )
+
+
+def _check_sets(context: Context, stages: Sequence[str]) -> None:
+    """Refuse, before any stage runs, sets to embed that neither this run makes nor the store holds. Raises UsageError."""
+    recipe = context.recipe
+    if "embed" not in stages:
+        return
+    ingest = recipe.ingest if "ingest" in stages else None
+    made = {str(recipe.ref("raw", f"-{name}")) for name in SETS if ingest is not None and getattr(ingest, name)}
+    for name, raw in recipe.embedded_sets().items():
+        if raw in made or context.artifacts.find(ArtifactRef.parse(raw)) is not None:
+            continue
+        own = {str(recipe.ref("raw", f"-{each}")): each for each in SETS}.get(raw)
+        fix = f"give ingest.{own}=... or an artifact that is there" if own else "make it first, or name one that is there"
+        raise UsageError(f"the recipe uses a set {name}, and there is no {raw} in {recipe.store}; {fix}")
 
 
 def _recipe(name: str, overrides: Sequence[str], stage: str) -> tuple[Recipe, "list[Choice]"]:
@@ -165,7 +200,9 @@ def _recipe(name: str, overrides: Sequence[str], stage: str) -> tuple[Recipe, "l
 
 
 def _smallest_section(stage: str) -> str:
-    """The override that adds a section with nothing but what it must have."""
+    """The overrides that add a section with nothing but what it must have."""
+    if stage in _SMALLEST_SECTIONS:
+        return _SMALLEST_SECTIONS[stage]
     section = Recipe.model_fields[stage].annotation
     (model,) = (one for one in getattr(section, "__args__", ()) if one is not type(None))
     required = [key for key, field in model.model_fields.items() if field.is_required()]

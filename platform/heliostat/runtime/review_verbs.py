@@ -1,0 +1,92 @@
+"""What `heliostat why` and `heliostat what-if` find out about a curation."""
+
+from collections.abc import Sequence
+
+import pyarrow.compute as pc
+
+from heliostat.artifacts import Artifact, ArtifactRef, ArtifactStore
+from heliostat.crawling.reasons import REASONS
+from heliostat.crawling.tables import LINKS_SCHEMA, read_table
+from heliostat.curation.copies_rows import COPIES_JSON
+from heliostat.curation.dedup import EDGES
+from heliostat.curation.ledger_read import open_ledger
+from heliostat.curation.pool_facts import read_edges_above, read_pool_facts
+from heliostat.curation.story import explain
+from heliostat.curation.what_if import parse_overrides, sweep_lines, what_if
+from heliostat.errors import ArtifactNotFoundError, DataError, UsageError
+from heliostat.runtime.ledger_rows import CRAWL
+
+
+def curations(artifacts: ArtifactStore, name: str) -> list[Artifact]:
+    """The curated artifact of that name, or all of the store, the newest first. Raises UsageError and ArtifactNotFoundError."""
+    if name:
+        ref = ArtifactRef.parse(name)
+        if ref.kind != "curated":
+            raise UsageError(f"{name} is not a curated artifact; only curation keeps a ledger")
+        return [artifacts.load(ref)]
+    found = [artifacts.load(ref) for ref in artifacts.list() if ref.kind == "curated"]
+    if not found:
+        raise ArtifactNotFoundError(
+            f"no curated artifact in {artifacts.store.uri}; heliostat curate makes one, or give store=..."
+        )
+    return sorted(found, key=lambda one: (one.record.created, str(one.ref)), reverse=True)
+
+
+def why(artifacts: ArtifactStore, name: str, image: str) -> list[str]:
+    """The story of an image in sentences, in every curation that knows it. Raises DataError when none does."""
+    lines, found = list[str](), curations(artifacts, name)
+    for curated in found:
+        try:
+            story = explain(open_ledger(curated.files), image)
+        except DataError as error:
+            if len(found) == 1:
+                if refused := _refused_links(artifacts, image):
+                    return refused
+                raise
+            if "give more digits" in str(error):
+                raise
+            continue
+        lines += ([f"{curated.ref}:"] if len(found) > 1 else []) + story
+    lines = lines or _refused_links(artifacts, image)
+    if not lines:
+        names = ", ".join(str(one.ref) for one in found)
+        raise DataError(f"no image with id or source {image!r} in {names}")
+    return lines
+
+
+def _refused_links(artifacts: ArtifactStore, url: str) -> list[str]:
+    """What the crawls of a store say about a URL that was found and never fetched; reads all their links."""
+    if "://" not in url:
+        return []
+    for ref in artifacts.list():
+        raw = artifacts.load(ref) if ref.kind == "raw" else None
+        for key in sorted(raw.record.files) if raw is not None else ():
+            if raw is None or not key.startswith(f"{CRAWL}/links/"):
+                continue
+            links = read_table(raw.files, key, LINKS_SCHEMA)
+            hits = links.filter(pc.equal(links["url"], url))
+            if hits.num_rows:
+                row = hits.slice(0, 1).to_pylist()[0]
+                meaning = REASONS[row["reason"]].meaning if row["reason"] else "another page opts out of its use"
+                page = f" on {row['page']}" if row["page"] else ""
+                return [
+                    f"{url} was found by the crawl {ref}{page} and never fetched: {row['reason'] or 'opt_out'} ({meaning})."
+                ]
+    return []
+
+
+def what_would_be(artifacts: ArtifactStore, name: str, words: Sequence[str]) -> list[str]:
+    """What other thresholds would have done to the newest, or the named, curation. Raises UsageError for what is not stored."""
+    asked = parse_overrides(words)
+    curated = curations(artifacts, name)[0]
+    copies = artifacts.load(ArtifactRef.parse(curated.record.inputs["copies"]))
+    join = copies.read_json(COPIES_JSON)["statistics"].get("join")
+    if join is None:
+        raise UsageError(f"{copies.ref} has no edges: copies were not looked for (dedup.copies.enabled=false)")
+    facts = read_pool_facts(open_ledger(curated.files))
+    edges = read_edges_above(copies.files, EDGES, join["floor"])
+    results = [what_if(facts, edges, one, edge_floor=join["floor"]) for one in asked]
+    return [
+        f"{curated.ref}, from the edges of {copies.ref}:",
+        *(results[0].lines() if len(results) == 1 else sweep_lines(results)),
+    ]
