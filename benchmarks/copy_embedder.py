@@ -24,7 +24,8 @@ import torch
 from numpy.typing import NDArray
 from results_file import cpu_hardware, versions, write_result
 
-from heliostat.curation.copy_network import COPY_LIMITS, open_copy_embedder
+from heliostat.curation.copies_config import COPY_LIMITS
+from heliostat.curation.copy_network import open_copy_embedder
 from heliostat.curation.copy_pictures import calibration_scenes, drawn_family
 from heliostat.curation.planted_baselines import (
     Description,

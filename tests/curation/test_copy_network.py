@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from heliostat.curation.copies_config import COPY_LIMITS
 from heliostat.curation.copy_network import (
-    COPY_LIMITS,
     SHIPPED_WEIGHTS,
     CopyEmbedder,
     CopyNetwork,

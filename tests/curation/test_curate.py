@@ -215,7 +215,10 @@ def test_a_set_of_another_embedder_is_refused_though_its_vectors_are_as_wide(tmp
 
 CASES = {
     "sample": {"retrieval": {"mode": "sample", "neighbors": 6}, "clusters": {"num_clusters": 3}},
-    "cluster": {"retrieval": {"mode": "cluster", "num_clusters": 6, "min_images_per_cluster": 1}, "clusters": {"levels": [6, 2]}},
+    "cluster": {
+        "retrieval": {"mode": "cluster", "num_clusters": 6, "min_images_per_cluster": 1},
+        "clusters": {"levels": [6, 2]},
+    },
 }
 
 

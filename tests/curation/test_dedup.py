@@ -130,25 +130,30 @@ def test_an_interrupted_dedup_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     features = made_features(LocalStore(tmp_path / "f"), np.concatenate([base, near(base[:10], 0.8, 1)]))
     whole = run(tmp_path / "whole", Pool((features,)), join={"rows_per_strip": 8})
     for stop in (1, 3, 6, 9, 12):
-        calls = 0
-
-        def interrupted(function, tasks, *, label: str, has_state: bool = False):
-            nonlocal calls
-            for result in run_serially(function, tasks, label=label, has_state=has_state):
-                calls += 1
-                if calls >= stop:
-                    raise KeyboardInterrupt
-                yield result
-
         folder = tmp_path / f"stopped-{stop}"
         config = DedupConfig.model_validate({"join": {"rows_per_strip": 8}})
         given = DedupInputs(Pool((features,)), {}, NOTHING_FORGOTTEN)
         with pytest.raises(KeyboardInterrupt):
-            dedup(given, config, files=LocalStore(folder), work=LocalStore(folder / "_work/dedup"), run=interrupted)
+            dedup(given, config, files=LocalStore(folder), work=LocalStore(folder / "_work/dedup"), run=stopping_after(stop))
         again = run(folder, Pool((features,)), join={"rows_per_strip": 8})
         np.testing.assert_array_equal(again.rows.representative, whole.rows.representative)
         for key in ("rows/000000.parquet", *(f"{EDGES}{path.name}" for path in (tmp_path / "whole" / EDGES).iterdir())):
             assert LocalStore(folder).read(key) == LocalStore(tmp_path / "whole").read(key)
+
+
+def stopping_after(num_tasks: int):
+    """A TaskMap that is interrupted when so many tasks have been done, over all calls."""
+    calls = 0
+
+    def interrupted(function, tasks, *, label: str, has_state: bool = False):
+        nonlocal calls
+        for result in run_serially(function, tasks, label=label, has_state=has_state):
+            calls += 1
+            if calls >= num_tasks:
+                raise KeyboardInterrupt
+            yield result
+
+    return interrupted
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from heliostat.curation.curation_report import ReportData, balance_of, render_report, report_json, write_report
+from heliostat.curation.clusters import size_statistics
+from heliostat.curation.curation_report import ReportData, render_report, report_json, write_report
 from heliostat.curation.image_statistics import ImageStatistics
 from heliostat.curation.ledger import Decisions, FunnelStep, Verdicts, same_reason
 from heliostat.curation.ledger_facts import LedgerFacts
@@ -290,7 +291,7 @@ def hostile_report(texts: list[str]) -> ReportData:
     rows = rows.append_column("width", pa.array([9] * len(texts))).append_column("height", pa.array([9] * len(texts)))
     statistics.add(rows, np.ones(len(texts), bool))
     score = {name: asdict(share(10, 9)) for name in ("recall", "easy_recall", "precision", "decontamination", "innocent")}
-    sizes = balance_of(np.array([5, 3, 0]))
+    sizes = size_statistics(np.array([5, 3, 0]))
     return ReportData(
         text(),
         [FunnelStep(text(), 10, 7, {text(): 2, text(): 1}), FunnelStep(text(), 7, 7, {})],
@@ -380,7 +381,7 @@ def test_a_report_of_nothing_is_a_page_too():
 
 def test_balance_figures_are_those_of_their_definitions():
     sizes = np.array([10, 0, 30, 20])
-    found = balance_of(sizes)
+    found = size_statistics(sizes)
     gini = sum(abs(a - b) for a in sizes for b in sizes) / (2 * len(sizes) ** 2 * sizes.mean())
     assert found["gini"] == pytest.approx(gini)
     shares = sizes[sizes > 0] / sizes.sum()
@@ -388,9 +389,9 @@ def test_balance_figures_are_those_of_their_definitions():
     assert found["evenness"] == pytest.approx(found["entropy_nats"] / np.log(4))
     assert (found["num_empty"], found["largest"], found["smallest"], found["num_images"]) == (1, 30, 0, 60)
     assert found["curve"] == [30, 20, 10, 0]
-    assert balance_of(np.full(5, 7))["gini"] == pytest.approx(0)
-    assert balance_of(np.array([], int))["num_images"] == 0
-    assert len(balance_of(np.arange(10_000))["curve"]) == 200
+    assert size_statistics(np.full(5, 7))["gini"] == pytest.approx(0)
+    assert size_statistics(np.array([], int))["num_images"] == 0
+    assert len(size_statistics(np.arange(10_000))["curve"]) == 200
 
 
 def test_statistics_are_those_of_a_loop_over_single_images():

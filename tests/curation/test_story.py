@@ -82,6 +82,10 @@ def test_a_kept_image_tells_what_every_stage_saw():
             },
             ["Component 3 (9 images) is represented by cdcdcdcdcdcd instead, similarity 0.710.", "a better copy"],
         ),
+        (
+            {"stage": "hash", "reason": "hash_copy", "component": 3, "component_size": 9, "representative": "cd" * 32},
+            ["Component 3 (9 images) is represented by cdcdcdcdcdcd instead.", "stage hash: hash_copy"],
+        ),
         ({"stage": "nsfw", "reason": "above_nsfw_threshold", "nsfw": 0.9}, ["score is 0.900, above the threshold 0.5", "nsfw"]),
         (
             {"stage": "decode", "reason": "truncated", "detail": "ends early"},

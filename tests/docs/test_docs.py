@@ -159,8 +159,9 @@ def test_every_command_of_a_guide_is_one_that_works(path: Path, tmp_path: Path, 
         "name: birds\ningest: {pool: ./photos}\ncurate: {}\npretrain:\n"
         + find_recipe("laptop").read_text(encoding="utf-8").partition("\npretrain:\n")[2].partition("\nsweep:")[0]
     )
-    for name in ("birds.yaml", "photos.yaml"):  # pages other than own_data.md take these from the reader
-        (tmp_path / name).write_text(minimal, encoding="utf-8")
+    web = "name: web\ncrawl: {contact: https://example.org/our-crawl, urls: [./image_urls.txt]}\ncurate: {}\n"
+    for name, text in (("birds.yaml", minimal), ("photos.yaml", minimal), ("web.yaml", web)):  # as own_data.md lays them down
+        (tmp_path / name).write_text(text, encoding="utf-8")
     for block in blocks(path):
         if block.file_name:
             (tmp_path / block.file_name).write_text(block.text, encoding="utf-8")

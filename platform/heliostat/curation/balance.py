@@ -67,11 +67,12 @@ def resolve_target(target: int | Literal["auto", "all"], sizes_K: NDArray[np.int
 
 @dataclass(frozen=True)
 class Balanced:
-    """kept: (N,) bool. target: images kept. levels: JSON-ready, per level the `before` and `after` of `size_statistics`."""
+    """kept: (N,) bool. target: images kept. levels: JSON-ready, per level its number, its clusters, and
+    `size_statistics` before and after."""
 
     kept: NDArray[np.bool_]
     target: int
-    levels: list[dict[str, dict[str, float | int]]]
+    levels: list[dict[str, Any]]
 
 
 def balance(hierarchy: Hierarchy, config: BalanceConfig, *, seed: int) -> Balanced:
@@ -94,6 +95,7 @@ def balance(hierarchy: Hierarchy, config: BalanceConfig, *, seed: int) -> Balanc
     kept_N[rows[first_of_each(cluster, order_by, quotas_K[cluster])]] = True
     after = hierarchy.sizes(kept_N)
     levels = [
-        {"before": size_statistics(size), "after": size_statistics(left)} for size, left in zip(sizes, after, strict=True)
+        {"level": level, "num_clusters": len(size), "before": size_statistics(size), "after": size_statistics(left)}
+        for level, (size, left) in enumerate(zip(sizes, after, strict=True), start=1)
     ]
     return Balanced(kept_N, target, levels)

@@ -1,10 +1,12 @@
 """Numbers about clusters: how many to make, and how evenly images lie in them."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+_CURVE_POINTS = 200
 
 # Shapes: K clusters.
 
@@ -84,13 +86,21 @@ def gini(sizes_K: NDArray[np.int64]) -> float:
     return float((2 * places - len(ascending) - 1) @ ascending / (len(ascending) * total))
 
 
-def size_statistics(sizes_K: NDArray[np.int64]) -> dict[str, float | int]:
-    """JSON-ready: number of clusters, of empty ones, the largest, entropy, evenness and Gini."""
+def size_statistics(sizes_K: NDArray[np.int64]) -> dict[str, Any]:
+    """How even clusters are, JSON-ready: counts, entropy in nats, evenness, Gini, and the sizes as a curve.
+
+    curve: at most 200 of the sizes, evenly spaced among the sorted ones, largest first.
+    """
+    ordered, count = np.sort(sizes_K)[::-1], len(sizes_K)
+    spaced = np.unique(np.linspace(0, count - 1, min(count, _CURVE_POINTS)).astype(np.int64)) if count else ordered[:0]
     return {
-        "num_clusters": len(sizes_K),
-        "num_empty": int((sizes_K == 0).sum()),
-        "largest": int(sizes_K.max()) if len(sizes_K) else 0,
+        "num_images": int(ordered.sum()),
+        "num_clusters": count,
+        "num_empty": int((ordered == 0).sum()),
+        "largest": int(ordered[0]) if count else 0,
+        "smallest": int(ordered[-1]) if count else 0,
         "entropy_nats": entropy(sizes_K),
         "evenness": evenness(sizes_K),
         "gini": gini(sizes_K),
+        "curve": ordered[spaced].astype(np.int64).tolist(),
     }

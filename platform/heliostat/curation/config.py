@@ -15,8 +15,8 @@ class EmbedConfig(StrictModel):
     """One pass over the images, each decoded once: hashes, detectors, embeddings."""
 
     copy_embedder: str = "copy"
-    """Makes the vectors that copies are found by: `copy` (our network, docs/concepts/copy_embedder.md), `thumbnail` (a classical
-    descriptor), `model/name@version`, or the path of weights or of a TorchScript or ONNX file such as SSCD's, on every node."""
+    """Makes the vectors that copies are found by: `copy` (our network, docs/concepts/copy_embedder.md), `thumbnail` (classical,
+    without a network), `model/name@version`, or the path of weights or of a TorchScript or ONNX file such as SSCD's."""
 
     semantic_embedder: str = ""
     """Makes the vectors for retrieval and clusters: a backbone as `model/name@version` or by path (DINOv2 A: a self-supervised
@@ -97,3 +97,6 @@ class CurateConfig(StrictModel):
 
     ledger_rows_per_file: int = Field(default=2**20, gt=0)
     """Rows of one file of the ledger."""
+
+    core_hour_price: float = Field(default=0.04, ge=0)
+    """US dollars of one CPU core for an hour, for the costs in the report (assumption: about what clouds ask on demand)."""

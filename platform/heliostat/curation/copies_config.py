@@ -30,6 +30,17 @@ SSCD_LIMITS = CopyLimits(threshold=0.6, min_similarity_to_representative=0.5, de
 THUMBNAIL_LIMITS = CopyLimits(threshold=0.86, min_similarity_to_representative=0.7, decontamination_threshold=0.8)
 """For `thumbnail`: measured on crops of 17 photographs, see the top of curation/embed.py."""
 
+COPY_LIMITS = CopyLimits(threshold=0.74, min_similarity_to_representative=0.64, decontamination_threshold=0.64)
+"""For `copy`, our own network: measured on pictures that it was not trained on, see docs/concepts/copy_embedder.md."""
+
+_FLOORS = {"thumbnail": THUMBNAIL_LIMITS.min_similarity_to_representative, "copy": 0.5}
+_LIMITS = {"thumbnail": THUMBNAIL_LIMITS, "copy": COPY_LIMITS}
+
+
+def limits_of(embedder: str) -> CopyLimits:
+    """The limits of an embedder by its name; those of SSCD for embedders of others."""
+    return _LIMITS.get(embedder, SSCD_LIMITS)
+
 
 class CopiesConfig(StrictModel):
     """Copy graph, connected components, one representative each (DINOv2 A, self-deduplication)."""
@@ -42,20 +53,21 @@ class CopiesConfig(StrictModel):
 
     threshold: Similarity | Literal["auto"] = "auto"
     """Two images are copies when their cosine similarity is above this. Every embedder has a scale of its own: `auto` is
-    0.86 for `thumbnail` (measured: curation/embed.py) and 0.6 for any other (DINOv2 A, for SSCD embeddings)."""
+    0.74 for `copy` (measured: docs/concepts/copy_embedder.md), 0.86 for `thumbnail` (measured: curation/embed.py) and 0.6 for
+    any other (DINOv2 A, for SSCD embeddings)."""
 
     min_similarity_to_representative: Similarity | Literal["auto"] = "auto"
     """Guard against chains (A like B, B like C, A unlike C): a member less similar than this to its component's representative
-    is split off into a further component. `auto` is 0.7 for `thumbnail`, 0.5 for any other; -1 switches the guard off.
-    Ours, not in DINOv2."""
+    is split off into a further component. `auto` is 0.64 for `copy`, 0.7 for `thumbnail`, 0.5 for any other; -1 switches the
+    guard off. Ours, not in DINOv2."""
 
     decontamination_threshold: Similarity | Literal["auto"] = "auto"
-    """A component with a member above this similarity to an evaluation image is dropped whole. `auto` is 0.8 for `thumbnail`,
-    0.45 for any other (DINOv2 A)."""
+    """A component with a member above this similarity to an evaluation image is dropped whole. `auto` is 0.64 for `copy`, 0.8
+    for `thumbnail`, 0.45 for any other (DINOv2 A)."""
 
     def limits(self, embedder: str) -> CopyLimits:
         """The limits in force for an embedder: those given, and its own where a field is `auto`."""
-        own = THUMBNAIL_LIMITS if embedder == "thumbnail" else SSCD_LIMITS
+        own = limits_of(embedder)
         given = self.threshold, self.min_similarity_to_representative, self.decontamination_threshold
         defaults = own.threshold, own.min_similarity_to_representative, own.decontamination_threshold
         return CopyLimits(*(default if value == "auto" else value for value, default in zip(given, defaults, strict=True)))
@@ -70,7 +82,7 @@ class JoinConfig(StrictModel):
 
     edge_floor: Floor | Literal["auto"] = "auto"
     """Pairs are stored from this similarity on, so that a threshold may later be moved anywhere above it without a new join.
-    `auto` is 0.45 (the lowest threshold of DINOv2 A), 0.7 for `thumbnail` (its guard)."""
+    `auto` is 0.45 (the lowest threshold of DINOv2 A), 0.5 for `copy` and 0.7 for `thumbnail` (below all of their limits)."""
 
     neighbors: int = Field(default=64, gt=0)
     """A pair is stored when it is among the so many best of either image (DINOv2 A: 64)."""
@@ -111,7 +123,7 @@ class JoinConfig(StrictModel):
         """The same with the floor of an embedder where it is `auto`."""
         if self.edge_floor != "auto":
             return self
-        floor = THUMBNAIL_LIMITS.min_similarity_to_representative if embedder == "thumbnail" else 0.45
+        floor = _FLOORS.get(embedder, 0.45)
         return self.model_copy(update={"edge_floor": floor})
 
     @property

@@ -23,15 +23,11 @@ from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from heliostat.config import StrictModel, validate
-from heliostat.curation.copies_config import CopyLimits
 from heliostat.curation.embed import check_image, own_direction
 from heliostat.errors import CheckpointError
 from heliostat.models.weights import load_state, read_weights
 
 # Shapes: B images, C channels, H W pixels, D dimension.
-
-COPY_LIMITS = CopyLimits(threshold=0.74, min_similarity_to_representative=0.64, decontamination_threshold=0.64)
-"""Measured on the calibration pictures: docs/concepts/copy_embedder.md."""
 
 SHIPPED_WEIGHTS = Path(__file__).with_name("copy_embedder_v1.safetensors")
 CONFIG_KEY = "config"  # of the metadata of a weights file

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from heliostat.curation.balance import balance
 from heliostat.curation.composition import CompositionRow, total_row
 from heliostat.curation.config import CurateConfig
-from heliostat.curation.curation_report import balance_of
 from heliostat.curation.hierarchy import Hierarchy, hierarchy
 from heliostat.curation.ledger import Decisions, Verdicts, same_reason
 from heliostat.curation.ledger_facts import RetrievedBy
@@ -70,10 +69,7 @@ def curate(
     statistics["balance"] = {
         "target_images": config.balance.target_images,
         "kept_images": balanced.target,
-        "levels": [
-            {"level": number, "num_clusters": len(before), "before": balance_of(before), "after": balance_of(after)}
-            for number, (before, after) in enumerate(zip(tree.sizes(), tree.sizes(balanced.kept), strict=True), start=1)
-        ],
+        "levels": balanced.levels,
     }
     return Curation(
         decisions,

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from heliostat.curation.ledger import FunnelStep
 from heliostat.curation.pages import render_template
@@ -17,20 +16,19 @@ REPORT_HTML = "report.html"
 REPORT_JSON = "report.json"
 _TEMPLATE = Path(__file__).parent / "curation_report.html.j2"
 _WIDTH, _HEIGHT = 460, 170  # of a picture, in the units of its viewBox
-_CURVE_POINTS = 200
 
 
 @dataclass(frozen=True)
 class ReportData:
     """What the report tells; every part may be left out. Mappings and lists are JSON-ready.
 
-    statistics: "before" and "after", each `ImageStatistics.as_dict()`. planted: `PlantedScore.as_dict()` by method, ours first.
-    edges: rows of low, high, num_true, num_found (`audit.Band`). components: `CopyReport.to_json()`; of a list the first ten
-    are shown. balance: a row per level of level, num_clusters, and before and after, each `balance_of`. composition: rows of
-    dataset, images, mode, retrieved, final, added (`composition.CompositionRow`). coverage: rows of set, num_images,
-    num_that_retrieved. times: rows of stage, seconds, cpu_seconds, images, in their order. cost_per_cpu_hour: for the column of
-    costs. sheets: of `write_sheets`.
-    settings: what was asked for, by name. notes: caveats, a sentence each.
+    statistics: "before" and "after", each `ImageStatistics.as_dict()`. planted: `PlantedScore.as_dict()` by method, ours
+    first. edges: rows of low, high, num_true, num_found (`audit.Band`). components: `CopyReport.to_json()`; of a list the
+    first ten are shown. balance: a row per level of level, num_clusters, and before and after, each
+    `clusters.size_statistics`. composition: rows of dataset, images, mode, retrieved, final, added
+    (`composition.CompositionRow`). coverage: rows of set, num_images, num_that_retrieved. times: rows of stage, seconds,
+    cpu_seconds, images, in their order. cost_per_cpu_hour: for the column of costs. sheets: of `write_sheets`. settings:
+    what was asked for, by name. notes: caveats, a sentence each.
     """
 
     title: str
@@ -48,34 +46,6 @@ class ReportData:
     sheets: Sequence[Mapping[str, Any]] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
-
-
-def balance_of(sizes: NDArray[np.int64]) -> dict[str, Any]:
-    """How even clusters are: counts, entropy in nats and as a share of the most there can be, Gini, and the sizes as a curve.
-
-    Gini is 0 for equal clusters and goes to 1 as one of them holds everything; empty clusters count. curve: at most 200 sizes,
-    evenly spaced among the sorted ones, largest first.
-    """
-    ordered = np.sort(np.asarray(sizes, np.float64))[::-1]
-    total, count = float(ordered.sum()), len(ordered)
-    share = ordered[ordered > 0] / total if total else np.empty(0)
-    entropy = float(-(share * np.log(share)).sum()) if len(share) else 0.0
-    ranks = np.arange(count, 0, -1)  # the smallest has rank 1
-    gini = float(2 * (ranks * ordered).sum() / (count * total) - (count + 1) / count) if total else 0.0
-    spaced = (
-        np.unique(np.linspace(0, count - 1, min(count, _CURVE_POINTS)).astype(np.int64)) if count else np.empty(0, np.int64)
-    )
-    return {
-        "num_images": int(total),
-        "num_clusters": count,
-        "num_empty": int((ordered == 0).sum()),
-        "largest": int(ordered[0]) if count else 0,
-        "smallest": int(ordered[-1]) if count else 0,
-        "entropy_nats": entropy,
-        "evenness": entropy / float(np.log(count)) if count > 1 else 1.0,
-        "gini": gini,
-        "curve": ordered[spaced].astype(np.int64).tolist(),
-    }
 
 
 def report_json(data: ReportData) -> dict[str, Any]:

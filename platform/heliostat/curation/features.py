@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from heliostat.artifacts import describe
 from heliostat.curation.detectors import FaceDetector, NsfwDetector
 from heliostat.curation.embed import Embedder
 from heliostat.curation.pca_hash import PcaHash, thumbnail_of
@@ -124,10 +125,11 @@ class FeatureShard:
         batches = [self._measure(*batch, clock) for batch in self._decoded(found, clock)]
         with clock.part("write"):
             table = _joined(rows, batches)
-            sink = io.BytesIO()
+            sink, key = io.BytesIO(), f"{self.prefix}{task['index']:06d}.parquet"
             pq.write_table(table, sink, compression="zstd")
-            self.files.put(f"{self.prefix}{task['index']:06d}.parquet", sink.getvalue())
-        return {"index": task["index"], "images": rows.num_rows, "cpu_seconds": clock.seconds}
+            self.files.put(key, sink.getvalue())
+            file = describe(sink.getvalue()).model_dump()
+        return {"key": key, "file": file, "images": rows.num_rows, "cpu_seconds": clock.seconds}
 
     def _decoded(
         self, found: Sequence[memoryview], clock: _Clock

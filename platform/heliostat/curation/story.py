@@ -120,11 +120,13 @@ def _copies(row: Row, settings: Settings) -> list[str]:
     if row["representative"] is not None:
         others = (row["component_size"] or 1) - 1
         copies = "no copies" if not others else "1 copy" if others == 1 else f"{others} copies"
+        similarity = row["similarity_to_representative"]  # null for duplicates that were dropped before
+        apart = "" if similarity is None else f", similarity {similarity:.3f}"
         story.append(
             f"It represents component {row['component']}, which holds {copies} of it."
             if row["representative"] == row["id"]
             else f"Component {row['component']} ({row['component_size']} images) is represented by "
-            f"{_short(row['representative'])} instead, similarity {row['similarity_to_representative']:.3f}."
+            f"{_short(row['representative'])} instead{apart}."
         )
     return story
 

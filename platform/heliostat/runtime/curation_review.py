@@ -1,10 +1,12 @@
 """What people read of a curation: ledger, contact sheets, report, and the score of planted copies where there are some."""
 
+import functools
 import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
 from heliostat.artifacts import Artifact, Draft
 from heliostat.curation.composition import composition_table
@@ -64,7 +66,10 @@ def write_review(context: Context, config: CurateStage, draft: Draft, curated: "
     planted = _planted(context, draft, curated, times)
     draft.put(TIMES, json.dumps(times.rows("curate"), indent=1).encode())
     with times.step("report"):
-        write_report(draft.files, _report_data(draft, curated, funnel, sheets=sheets, planted=planted))
+        write_report(
+            draft.files,
+            _report_data(draft, curated, funnel, sheets=sheets, planted=planted, core_hour_price=config.core_hour_price),
+        )
     return funnel[0].rows_in
 
 
@@ -122,11 +127,18 @@ def _reader(pool: Pool, raws: tuple[Artifact, ...]) -> Callable[[int], bytes | N
 
 
 def _read_row(features: FeatureFiles, raw: Artifact, row: int) -> bytes | None:
-    place = Pool((features,)).columns_at(np.array([row]), ["shard", "offset", "length"]).to_pylist()[0]
+    block = int(np.searchsorted(features.info.starts, row, side="right")) - 1
+    place = _places(features, block).slice(row - features.info.starts[block], 1).to_pylist()[0]
     try:
         return ShardReader(raw.files)(place["shard"], place["offset"], place["length"])
     except ObjectNotFoundError:
         return None
+
+
+@functools.lru_cache(maxsize=256)
+def _places(features: FeatureFiles, block: int) -> pa.Table:
+    """Where the images of one block lie; a sheet shows many of the same block."""
+    return features.read(block, ["shard", "offset", "length"])
 
 
 def _kept_reader(draft: Draft, curated: "Curated") -> Callable[[int], bytes | None]:
@@ -188,6 +200,7 @@ def _report_data(
     *,
     sheets: list[dict[str, Any]],
     planted: dict[str, Any],
+    core_hour_price: float,
 ) -> ReportData:
     statistics, facts = curated.result.statistics, curated.copies.facts
     found = facts["statistics"]
@@ -206,6 +219,7 @@ def _report_data(
             for row in retrieval.get("sets", ())
         ],
         times=_times(curated, draft),
+        cost_per_cpu_hour=core_hour_price,
         sheets=sheets,
         settings={**facts["settings"], "target_images": statistics["balance"]["target_images"]},
         notes=tuple(

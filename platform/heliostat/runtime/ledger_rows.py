@@ -54,17 +54,25 @@ class PoolRows:
 
 def _with_evidence(rows: pa.Table, crawl: Store) -> pa.Table:
     """Add what the fetch log tells. A shard's name holds the number of the task that wrote it, and so of its log."""
-    logs = []
-    for shard in pc.unique(rows["shard"]).to_pylist():
-        match = _TASK.match(shard)
-        if match is None:
-            raise DataError(f"shard {shard} is not named as a crawl names its shards; make the raw artifact again")
-        logs.append(int(match[1]))
-    log = pa.concat_tables([read_table(crawl, log_key(index), LOG_SCHEMA) for index in sorted(set(logs))])
-    place = pc.index_in(rows["source"], value_set=log["url"])
+    shards = rows["shard"].to_pylist()
+    tasks = {shard: _task_of(shard) for shard in dict.fromkeys(shards)}
+    logs = {task: read_table(crawl, log_key(int(task)), LOG_SCHEMA) for task in sorted(set(tasks.values()))}
+    log = pa.concat_tables(logs.values())
+    fetched = pa.array([task for task, one in logs.items() for _ in range(one.num_rows)], pa.string())
+    asked = pa.array([tasks[shard] for shard in shards], pa.string())
+    known = pc.binary_join_element_wise(fetched, log["url"].combine_chunks(), " ")
+    place = pc.index_in(pc.binary_join_element_wise(asked, rows["source"].combine_chunks(), " "), value_set=known)
     for name in _EVIDENCE:
         rows = rows.append_column(name, log[name].take(place))
     return rows
+
+
+def _task_of(shard: str) -> str:
+    """The number of the crawl task that wrote a shard, six digits."""
+    match = _TASK.match(shard)
+    if match is None:
+        raise DataError(f"shard {shard} is not named as a crawl names its shards; make the raw artifact again")
+    return match[1]
 
 
 def fetch_log_of(raw: Artifact) -> Store | None:

@@ -159,7 +159,9 @@ class Recipe(StrictModel):
         return self._pretrained() | self._distilled()
 
     def maker_of(self, ref: ArtifactRef) -> str:
-        """The verb that makes a model of this recipe; empty for any other artifact."""
+        """The verb that makes a model of this recipe, or its images from the web; empty for any other artifact."""
+        if self.crawl is not None and ref == self.ref("raw"):
+            return "crawl"
         return "pretrain" if ref in self._pretrained().values() else "distill" if ref in self._distilled().values() else ""
 
     def backbone_of(self, ref: ArtifactRef) -> BackboneConfig | None:

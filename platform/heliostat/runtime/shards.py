@@ -1,8 +1,9 @@
-"""The same function over many shards, as a Ray Data pipeline: what ingest, crawl, embed, dedup and curate are made of.
+"""The same function over many shards, on Ray: what ingest, crawl, embed, dedup and curate are made of.
 
 A task is small and plain (it names its shard); a result is small and plain (it counts). The images themselves go from store to
 store inside the workers and never through the driver. A worker writes its shard atomically, so whatever a killed run has
-finished is skipped by the next one.
+finished is skipped by the next one. What holds a network is a Ray Data pipeline over a pool of actors; the rest are Ray tasks,
+because a pipeline takes half a second to start and some steps are a few tasks long.
 """
 
 import json
@@ -14,12 +15,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from heliostat.curation.tasks import TaskFunction
-from heliostat.errors import DataError, HeliostatError
+from heliostat.errors import ClusterError, DataError, HeliostatError
 from heliostat.runtime.progress import Progress, bar, duration_text
 from heliostat.runtime.step_times import StepTimes
 
 _TASKS_AT_ONCE = 8192
 """Tasks of one Ray Data execution: each is a block of its own, and Ray's driver keeps some kilobytes a block."""
+
+_TASKS_IN_FLIGHT = 64
+_RETRIES = 9
 
 
 class _Adapter:
@@ -29,12 +33,17 @@ class _Adapter:
         self._function = function
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        started = time.process_time()
-        try:
-            result, error = json.dumps(dict(self._function(json.loads(row["task"])))), ""
-        except HeliostatError as failed:
-            result, error = "{}", str(failed) or type(failed).__name__
-        return {"result": result, "error": error, "cpu_seconds": time.process_time() - started}
+        return _run(self._function, row["task"])
+
+
+def _run(function: TaskFunction, task: str) -> dict[str, Any]:
+    """One task, with the CPU seconds that it took."""
+    started = time.process_time()
+    try:
+        result, error = json.dumps(dict(function(json.loads(task)))), ""
+    except HeliostatError as failed:
+        result, error = "{}", str(failed) or type(failed).__name__
+    return {"result": result, "error": error, "cpu_seconds": time.process_time() - started}
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,33 @@ class RayTasks:
                     yield result
 
     def _rows(self, function: TaskFunction, tasks: Sequence[Mapping[str, Any]], has_state: bool) -> Iterator[dict[str, Any]]:
+        texts = [json.dumps(dict(task)) for task in tasks]
+        return self._pipeline(function, texts) if has_state else self._tasks(function, texts)
+
+    def _tasks(self, function: TaskFunction, texts: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """As Ray tasks; one whose worker dies is done again. So many wait that a cluster which can grow does."""
+        import ray
+
+        run = ray.remote(_run).options(num_cpus=1, max_retries=_RETRIES, scheduling_strategy="SPREAD")
+        shared, waiting = ray.put(function), list(reversed(texts))
+        window = max(_TASKS_IN_FLIGHT, 4 * int(ray.cluster_resources().get("CPU", 1)))
+        in_flight: list[Any] = []
+        try:
+            while waiting or in_flight:
+                while waiting and len(in_flight) < window:
+                    in_flight.append(run.remote(shared, waiting.pop()))
+                done, in_flight = ray.wait(in_flight)
+                yield from ray.get(done)
+        except ray.exceptions.RayTaskError:
+            raise  # a defect of ours; --debug shows where
+        except ray.exceptions.RayError as error:
+            raise ClusterError(f"a task was lost {_RETRIES + 1} times: {' '.join(str(error).split())[:300]}") from error
+        finally:
+            for task in in_flight:  # an error, or a driver that was interrupted
+                ray.cancel(task, force=True)
+
+    def _pipeline(self, function: TaskFunction, texts: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """As Ray Data over a pool of actors, each of which sets the function up once."""
         import ray
 
         context = ray.data.DataContext.get_current()
@@ -84,17 +120,14 @@ class RayTasks:
         context.print_on_execution_start = False
         if os.environ.get("HELIOSTAT_DEBUG") != "1":
             logging.getLogger("ray.data").setLevel(logging.WARNING)
-        rows = ray.data.from_items([{"task": json.dumps(dict(task))} for task in tasks], override_num_blocks=len(tasks))
-        if not has_state:
-            yield from rows.map(_Adapter(function).__call__).iter_rows()
-            return
+        rows = ray.data.from_items([{"task": text} for text in texts], override_num_blocks=len(texts))
         resources = ray.cluster_resources()
         places = resources.get("GPU", 0) / self.gpus_per_actor if self.gpus_per_actor else resources.get("CPU", 1)
         if places < 1:
-            raise DataError(
-                f"a task needs {self.gpus_per_actor:g} GPUs, Ray has {resources.get('GPU', 0):g}; lower embed.gpus_per_actor"
+            raise ClusterError(
+                f"an actor needs {self.gpus_per_actor:g} GPUs, Ray has {resources.get('GPU', 0):g}; lower embed.gpus_per_actor"
             )
-        pool = ray.data.ActorPoolStrategy(size=max(1, min(len(tasks), int(places))))
+        pool = ray.data.ActorPoolStrategy(size=max(1, min(len(texts), int(places))))
         options = {"num_gpus": self.gpus_per_actor} if self.gpus_per_actor else {}
         yield from rows.map(_Adapter, fn_constructor_args=(function,), compute=pool, **options).iter_rows()
 

@@ -21,7 +21,7 @@ from heliostat.runtime.pipelines import Context, Summary, config_of, make
 from heliostat.runtime.recipe import CurateStage
 from heliostat.runtime.relay import Gauges
 from heliostat.runtime.shards import RayTasks
-from heliostat.runtime.stage_dedup import CopiesArtifact, open_copies
+from heliostat.runtime.stage_dedup import CopiesArtifact, features_of_set, open_copies
 from heliostat.runtime.stage_embed import open_features
 from heliostat.runtime.stage_ingest import MANIFEST
 from heliostat.runtime.step_times import StepTimes
@@ -53,8 +53,9 @@ def run_curate(context: Context, config: CurateStage) -> Artifact:
     inputs = {"copies": copies}
     names = list(recipe.curated_sets())
     for name in names:
-        inputs[f"set_{name}"] = context.load(recipe.ref("features", f"-{name}"))
-    settings = config_of(config, without=("copies", "sheets", "ledger_rows_per_file"))
+        pool = ArtifactRef.parse(copies.record.inputs["features"])
+        inputs[f"set_{name}"] = context.load(features_of_set(pool, name))
+    settings = config_of(config, without=("copies", "sheets", "ledger_rows_per_file", "core_hour_price"))
 
     def work(draft: Draft, run: Run) -> Summary:
         context.need_ray()

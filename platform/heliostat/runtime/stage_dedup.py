@@ -69,6 +69,11 @@ def open_copies(context: Context, artifact: Artifact) -> CopiesArtifact:
     )
 
 
+def features_of_set(pool: ArtifactRef, name: str) -> ArtifactRef:
+    """The features of a set: made beside those of the pool, so that another threshold needs no new embedding of either."""
+    return ArtifactRef("features", f"{pool.name}-{name}", pool.version)
+
+
 def run_dedup(context: Context, config: DedupStage) -> Artifact:
     """Make the recipe's copies artifact."""
     recipe = context.recipe
@@ -79,7 +84,7 @@ def run_dedup(context: Context, config: DedupStage) -> Artifact:
         _check_is_new(context, features, inputs["previous"])
     sets = list(recipe.evaluation_sets())
     for name in sets:
-        inputs[f"evaluation_{name}"] = context.load(recipe.ref("features", f"-{name}"))
+        inputs[f"evaluation_{name}"] = context.load(features_of_set(features.ref, name))
     settings = config_of(config, without=("features", "previous", "evaluation"))
     forgotten = read_forget_list(context.artifacts.store)
 

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from heliostat.artifacts import WORK, Artifact, ArtifactRef, ArtifactStore, Draft
+from heliostat.artifacts import WORK, Artifact, ArtifactRef, ArtifactStore, Draft, FileRecord
 from heliostat.curation.config import EmbedConfig
 from heliostat.curation.detectors import open_faces, open_nsfw
 from heliostat.curation.embed import Embedder
@@ -57,7 +57,8 @@ def embed(context: Context, config: EmbedStage) -> Artifact:
     named = {"": config.raw or str(context.recipe.ref("raw"))}
     named |= {f"-{name}": raw for name, raw in context.recipe.embedded_sets().items()}
     raws = {suffix: context.load(ArtifactRef.parse(name)) for suffix, name in named.items()}  # a missing one is said first
-    return [_embed_one(context, config, suffix, raw) for suffix, raw in raws.items()][0]
+    made = [_embed_one(context, config, suffix, raw) for suffix, raw in raws.items()]
+    return made[0]
 
 
 def _embed_one(context: Context, config: EmbedStage, suffix: str, raw: Artifact) -> Artifact:
@@ -88,7 +89,8 @@ def _embed_one(context: Context, config: EmbedStage, suffix: str, raw: Artifact)
         )
         gauges, done = Gauges(), len(tasks) - len(waiting)
         run_tasks = RayTasks(context.progress, times, config.gpus_per_actor)
-        for _ in run_tasks(function, waiting, label=f"embedding {raw.ref.name}", has_state=True):
+        for result in run_tasks(function, waiting, label=f"embedding {raw.ref.name}", has_state=True):
+            draft.note(result["key"], FileRecord(**result["file"]))
             done += 1
             gauges.set(str(draft.ref), {"curate/shards_done": float(done)})
         full = _info(tools, tuple(starts))

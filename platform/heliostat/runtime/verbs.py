@@ -167,17 +167,16 @@ def _check_weights(recipe: Recipe, stages: Sequence[str]) -> None:
             name = getattr(recipe.embed, key)
             if name not in ("", "copy", "thumbnail") and not names_artifact(name) and not Path(name).exists():
                 raise UsageError(
-                    f"embed.{key}={name}: no such file or folder; give thumbnail, copy, model/NAME@VERSION or a path that exists"
+                    f"embed.{key}={name}: no such file or folder; give thumbnail, copy, model/NAME@VERSION or a path"
                 )
 
 
 def _check_sets(context: Context, stages: Sequence[str]) -> None:
-    """Refuse, before any stage runs, sets to embed that neither this run makes nor the store holds. Raises UsageError."""
+    """Refuse, before any stage runs, sets to embed that neither the recipe makes nor the store holds. Raises UsageError."""
     recipe = context.recipe
     if "embed" not in stages:
         return
-    ingest = recipe.ingest if "ingest" in stages else None
-    made = {str(recipe.ref("raw", f"-{name}")) for name in SETS if ingest is not None and getattr(ingest, name)}
+    made = {str(recipe.ref("raw", f"-{name}")) for name in SETS if recipe.ingest is not None and getattr(recipe.ingest, name)}
     for name, raw in recipe.embedded_sets().items():
         if raw in made or context.artifacts.find(ArtifactRef.parse(raw)) is not None:
             continue
