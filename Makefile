@@ -35,6 +35,13 @@ bench: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench]"
 	$(BIN)/python benchmarks/readers.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/augment_cpu.py
+	$(BIN)/python benchmarks/crawl.py
+	$(BIN)/python benchmarks/hashes.py
+	$(BIN)/python benchmarks/detectors.py
+	$(BIN)/python benchmarks/copy_embedder.py
+	$(BIN)/python benchmarks/copies.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/clusters.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/curate.py
 
 clean:
 	rm -rf $(VENV) .cache heliostat-store

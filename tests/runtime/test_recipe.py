@@ -8,7 +8,7 @@ from heliostat.cli import main
 from heliostat.config import shipped_recipes, validate
 from heliostat.data.config import CropsConfig
 from heliostat.errors import ConfigError
-from heliostat.runtime.recipe import STAGES, Recipe, read_recipe, scope_overrides
+from heliostat.runtime.recipe import STAGES, DedupStage, Recipe, read_recipe, scope_overrides
 from heliostat.training.config import MethodConfig, OptimConfig
 from heliostat.training.recipe import TrainConfig
 from heliostat.training.schedules import step_values
@@ -122,3 +122,124 @@ def test_two_models_of_one_name_are_refused(sections, made) -> None:
     plain = {"name": "x", "pretrain": {"phases": phases}, "distill": {"train": {"steps": 125_000}} | sections}
     with pytest.raises(ConfigError, match=f"model/x-{made}@1 would be made twice"):
         validate(Recipe, plain, "x")
+
+
+def recipe_of(**sections: object) -> Recipe:
+    """A recipe of these sections, as its file would be read."""
+    return validate(Recipe, {"name": "x", **sections}, "x.yaml")
+
+
+@pytest.mark.parametrize(
+    ("sections", "stages"),
+    [
+        ({"ingest": {"pool": "./lake"}, "curate": {}}, ["ingest", "embed", "dedup", "curate"]),
+        ({"curate": {}}, ["embed", "dedup", "curate"]),
+        ({"curate": {"copies": "copies/y@1"}}, ["curate"]),
+        ({"dedup": {"features": "features/y@1"}, "curate": {}}, ["dedup", "curate"]),
+        ({"dedup": {}}, ["embed", "dedup"]),
+        ({"embed": {"batch_size": 8}, "curate": {}}, ["embed", "dedup", "curate"]),
+        ({"crawl": {"contact": "a@b.example", "urls": ["u.txt"]}, "curate": {}}, ["crawl", "embed", "dedup", "curate"]),
+        ({"ingest": {"pool": "./lake"}, "pretrain": {"train": {"steps": 125_000}}}, ["ingest", "pretrain"]),
+    ],
+)
+def test_a_recipe_that_curates_has_the_stages_before_it_with_their_defaults(sections, stages) -> None:
+    recipe = recipe_of(**sections)
+    assert recipe.stages == stages
+    for stage in ("embed", "dedup"):
+        if stage in stages and stage not in sections:
+            assert getattr(recipe, stage) == type(getattr(recipe, stage))()
+    # What a dry run prints is the same recipe.
+    assert recipe_of(**{name: section for name, section in recipe.model_dump(exclude_none=True).items() if name != "name"}) == recipe
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        (
+            {"crawl": {"contact": "a@b.example"}, "ingest": {"pool": "./lake"}},
+            "crawl and ingest.pool both make the raw images; leave one of them out",
+        ),
+        ({"ingest": {"curated": "./own"}}, "ingest.pool is missing; give a folder, an s3:// prefix"),
+        ({"ingest": {}}, "ingest.pool is missing"),
+        ({"dedup": {"evaluation": {"a b": "raw/y@1"}}}, "dedup.evaluation: 'a b' cannot name an artifact; use letters"),
+        ({"dedup": {"evaluation": {"val": "./photos"}}}, "dedup.evaluation.val: './photos' is not an artifact; write kind/name"),
+        ({"dedup": {"evaluation": {"val": "features/y@1"}}}, "dedup.evaluation.val=features/y@1 is of another kind; name raw/NAME"),
+        (
+            {"ingest": {"pool": "./lake", "evaluation": "./val"}, "dedup": {"evaluation": {"evaluation": "raw/y@1"}}},
+            "evaluation names two sets, raw/x-evaluation@1 and raw/y@1; rename one of them",
+        ),
+        (
+            {
+                "dedup": {"evaluation": {"birds": "raw/y@1"}},
+                "curate": {"retrieval": {"mode": "auto", "sets": {"birds": {"artifact": "raw/z@1"}}}},
+            },
+            "birds names two sets, raw/y@1 and raw/z@1; rename one of them",
+        ),
+        (
+            {"curate": {"retrieval": {"mode": "auto", "sets": {"../birds": {}}}}},
+            "curate.retrieval.sets: '../birds' cannot name an artifact",
+        ),
+        (
+            {"curate": {"retrieval": {"mode": "auto", "sets": {"birds": {"artifact": "curated/z@1"}}}}},
+            "curate.retrieval.sets.birds.artifact=curated/z@1 is of another kind; name raw/NAME@VERSION",
+        ),
+        ({"embed": {"raw": "features/y@1"}}, "embed.raw=features/y@1 is of another kind; name raw/NAME@VERSION"),
+        ({"dedup": {"features": "raw/y@1"}}, "dedup.features=raw/y@1 is of another kind; name features/NAME@VERSION"),
+        ({"dedup": {"previous": "features/y@1"}}, "dedup.previous=features/y@1 is of another kind; name copies/NAME@VERSION"),
+        ({"curate": {"copies": "copies/y"}}, "curate.copies: 'copies/y' is not an artifact; write kind/name@version"),
+    ],
+)
+def test_sections_that_cannot_go_together_are_refused_when_the_recipe_is_read(sections, said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        recipe_of(**sections)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_crawl_brings_the_pool_and_ingest_the_sets_beside_it() -> None:
+    recipe = recipe_of(crawl={"contact": "a@b.example", "urls": ["u.txt"]}, ingest={"curated": "./own", "evaluation": "./val"})
+    assert recipe.stages == ["crawl", "ingest"]
+    assert recipe.evaluation_sets() == {"evaluation": "raw/x-evaluation@1"}
+
+
+def test_the_sets_to_embed_are_those_that_dedup_and_curate_look_at() -> None:
+    plain = recipe_of(ingest={"pool": "./lake", "curated": "./own", "evaluation": "./val"}, curate={})
+    assert plain.curated_sets() == {}
+    assert plain.embedded_sets() == {"evaluation": "raw/x-evaluation@1"}
+    retrieval = {"mode": "auto", "sets": {"birds": {"artifact": "raw/birds@2"}, "own": {}, "val": {"artifact": "raw/val@1"}}}
+    recipe = recipe_of(
+        ingest={"pool": "./lake", "curated": "./own", "evaluation": "./val"},
+        dedup={"evaluation": {"val": "raw/val@1"}},
+        curate={"retrieval": retrieval},
+    )
+    assert recipe.curated_sets() == {"birds": "raw/birds@2", "own": "raw/x-curated@1", "val": "raw/val@1"}
+    assert list(recipe.evaluation_sets()) == ["evaluation", "val"]
+    assert recipe.embedded_sets() == {  # val serves both, and is embedded once
+        "evaluation": "raw/x-evaluation@1",
+        "val": "raw/val@1",
+        "birds": "raw/birds@2",
+        "own": "raw/x-curated@1",
+    }
+    sampled = recipe_of(curate={"retrieval": {"mode": "sample"}})
+    assert sampled.curated_sets() == {"curated": "raw/x-curated@1"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "override"),
+    [("dedup", "copies.threshold=0.7"), ("dedup", "dedup.copies.threshold=0.7"), ("", "dedup.copies.threshold=0.7")],
+)
+def test_a_key_of_an_implied_section_can_be_set(stage: str, override: str) -> None:
+    recipe = read_recipe("laptop", (override,), stage)
+    assert recipe.dedup.copies.threshold == 0.7
+    assert recipe.dedup.copies.limits("copy").threshold == 0.7
+    assert recipe.dedup.copies.limits("copy").decontamination_threshold == DedupStage().copies.limits("copy").decontamination_threshold
+
+
+def test_a_verb_sets_the_keys_of_its_own_section_and_a_whole_recipe_those_of_any(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("own.yaml").write_text("name: own\ningest: {pool: ./lake}\ncurate: {}\n")
+    recipe = read_recipe("own.yaml", ("embed.batch_size=3", "dedup.evaluation.val=raw/val@1", "retrieval.mode=sample"), "curate")
+    assert recipe.embed.batch_size == 3
+    assert recipe.dedup.evaluation == {"val": "raw/val@1"}
+    assert recipe.curate.retrieval.mode == "sample"
+    assert read_recipe("own.yaml", ("crawl.contact=a@b.example", "ingest.pool=''")).crawl is not None

@@ -26,16 +26,6 @@ _TASKS_IN_FLIGHT = 64
 _RETRIES = 9
 
 
-class _Adapter:
-    """What Ray Data calls: JSON in and out, and our errors as values, so that they arrive without Ray's wrapping."""
-
-    def __init__(self, function: TaskFunction) -> None:
-        self._function = function
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return _run(self._function, row["task"])
-
-
 def _run(function: TaskFunction, task: str) -> dict[str, Any]:
     """One task, with the CPU seconds that it took."""
     started = time.process_time()
@@ -119,7 +109,7 @@ class RayTasks:
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         if os.environ.get("HELIOSTAT_DEBUG") != "1":
-            logging.getLogger("ray.data").setLevel(logging.WARNING)
+            logging.getLogger("ray.data").setLevel(logging.ERROR)
         rows = ray.data.from_items([{"task": text} for text in texts], override_num_blocks=len(texts))
         resources = ray.cluster_resources()
         places = resources.get("GPU", 0) / self.gpus_per_actor if self.gpus_per_actor else resources.get("CPU", 1)
@@ -129,7 +119,14 @@ class RayTasks:
             )
         pool = ray.data.ActorPoolStrategy(size=max(1, min(len(texts), int(places))))
         options = {"num_gpus": self.gpus_per_actor} if self.gpus_per_actor else {}
-        yield from rows.map(_Adapter, fn_constructor_args=(function,), compute=pool, **options).iter_rows()
+
+        class Held:
+            """What an actor holds. The function comes with the class: as an argument it could be lost before a restart."""
+
+            def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+                return _run(function, row["task"])
+
+        yield from rows.map(Held, compute=pool, **options).iter_rows()
 
     def _show(self, label: str, done: int, total: int, seconds: float) -> None:
         left = f", {duration_text(seconds / done * (total - done))} left" if done < total else f" in {duration_text(seconds)}"
