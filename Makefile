@@ -21,7 +21,7 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	-$(BIN)/python tests/fixtures/install_s3_server.py
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

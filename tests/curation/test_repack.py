@@ -13,7 +13,7 @@ from heliostat.curation.face_blur import blur_faces
 from heliostat.curation.features import FACES
 from heliostat.curation.features_config import FaceBlurConfig
 from heliostat.curation.pool import FeatureFiles, Pool
-from heliostat.curation.repack import PLAN_COLUMNS, RepackPlan, RepackShard, ShardSize, has_faces_to_blur
+from heliostat.curation.repack import PLAN_COLUMNS, RepackPlan, RepackShard, ShardSize, first_seen, has_faces_to_blur
 from heliostat.curation.tasks import run_serially
 from heliostat.data.manifest import join_manifests, manifest_from_bytes
 from heliostat.data.shard_image import image_id
@@ -51,7 +51,9 @@ def raw(store: LocalStore, sizes: list[int], *, first: int = 0, side: int = 32) 
         images = []
         for _ in range(size):
             suffix = "jpg" if seed % 2 else "png"
-            images.append(make_shard_image(picture(seed, side), suffix, f"{seed}.{suffix}", label=None if seed % 3 else "third"))
+            images.append(
+                make_shard_image(picture(seed, side), suffix, f"{seed}.{suffix}", label=None if seed % 3 else "third")
+            )
             seed += 1
         tar = write_shard(images)
         store.put(f"shards/{number:06d}.tar", tar)
@@ -174,7 +176,11 @@ def test_faces_are_blurred_where_they_were_found_and_nothing_else_changes(tmp_pa
     config = FaceBlurConfig(min_face_score=0.5)
     rows = with_faces(
         raw(store, [6]),
-        {1: [(0.25, 0.0, 0.75, 0.5, 0.9)], 2: [(0.1, 0.1, 0.3, 0.3, 0.4)], 4: [(0.0, 0.0, 0.5, 0.5, 0.6), (0.5, 0.5, 1, 1, 0.1)]},
+        {
+            1: [(0.25, 0.0, 0.75, 0.5, 0.9)],
+            2: [(0.1, 0.1, 0.3, 0.3, 0.4)],
+            4: [(0.0, 0.0, 0.5, 0.5, 0.6), (0.5, 0.5, 1, 1, 0.1)],
+        },
     )
     results = pack(files, [store], [(0, rows)], size=ShardSize(100, 2**30), faces=config)
     pack(plain, [store], [(0, rows)], size=ShardSize(100, 2**30))
@@ -189,7 +195,12 @@ def test_faces_are_blurred_where_they_were_found_and_nothing_else_changes(tmp_pa
 
 
 def test_what_the_ledger_calls_blurred_is_what_is_blurred(tmp_path: Path) -> None:
-    faces = {0: [(0.2, 0.2, 0.4, 0.4, 0.5)], 2: [(0.2, 0.2, 0.4, 0.4, 0.49)], 3: [(0.4, 0.2, 0.4, 0.4, 0.9)], 8: [(0, 0, 1, 1, 1)]}
+    faces = {
+        0: [(0.2, 0.2, 0.4, 0.4, 0.5)],
+        2: [(0.2, 0.2, 0.4, 0.4, 0.49)],
+        3: [(0.4, 0.2, 0.4, 0.4, 0.9)],
+        8: [(0, 0, 1, 1, 1)],
+    }
     made = made_features(LocalStore(tmp_path / "f"), np.eye(64)[:10], undecodable=[5], rows_per_file=4)
 
     class WithFaces(FeatureFiles):
@@ -204,6 +215,22 @@ def test_what_the_ledger_calls_blurred_is_what_is_blurred(tmp_path: Path) -> Non
     assert len(found) == 20
 
 
+@pytest.mark.parametrize(("num_ids", "num_known"), [(0, 3), (3, 0), (1, 1), (60, 40)])
+def test_an_image_that_joins_as_it_is_joins_once_and_not_beside_itself(num_ids: int, num_known: int) -> None:
+    generator = np.random.default_rng(num_ids)
+    few = generator.integers(0, 256, (30, 32)).astype(np.uint8)
+    few[:10] = 0
+    few[:10, 31] = np.arange(10)  # ids that differ in their last byte alone
+    few[5:10, :31], few[5:10, 31] = 255, 0  # and some that end in a zero
+    few[5:10, 0] = np.arange(5)
+    ids, known = (few[generator.integers(0, 30, count)] for count in (num_ids, num_known))
+    seen, expected = {bytes(one) for one in known}, []
+    for one in ids:
+        expected.append(bytes(one) not in seen)
+        seen.add(bytes(one))
+    assert first_seen(ids, known).tolist() == expected
+
+
 def test_a_damaged_raw_shard_is_named_with_the_image(tmp_path: Path) -> None:
     store, files = LocalStore(tmp_path / "raw"), LocalStore(tmp_path / "files")
     rows = raw(store, [3, 3])
@@ -213,9 +240,7 @@ def test_a_damaged_raw_shard_is_named_with_the_image(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         pack(files, [store], [(0, rows)])
     identity = rows["id"][4].as_py()[:12]
-    assert str(error.value) == (
-        f"4.png in shards/000001.tar does not match its id {identity}; the raw shard is damaged"
-    )
+    assert str(error.value) == (f"4.png in shards/000001.tar does not match its id {identity}; the raw shard is damaged")
     assert not list(files.list("shards/"))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx
 import pytest
-from curation_runs import OF_THEIR_OWN_TIME, contents, finish, load, local_ray, refused, write_pictures, write_recipe
+from curation_runs import contents, finish, load, local_ray, refused, write_pictures, write_recipe
 from onnx import TensorProto, helper
 
 from heliostat.artifacts import RECORD
@@ -72,14 +72,14 @@ def test_a_folder_in_which_nothing_is_an_image_is_named(tmp_path: Path, capfd) -
 
 
 @pytest.mark.usefixtures("local_ray")
-@pytest.mark.parametrize(("same", "kept"), [([], 1), ([0], 1)])
-def test_one_image_and_its_duplicates_become_a_training_set_of_one(tmp_path: Path, capfd, same, kept) -> None:
+@pytest.mark.parametrize("same", [[], [0]])
+def test_one_image_and_its_duplicates_become_a_training_set_of_one(tmp_path: Path, capfd, same: list[int]) -> None:
     lake = write_pictures(tmp_path / "lake", [0], same=same, copies=same)
     for number in range(4 if same else 0):
         shutil.copy(lake / "0000.png", lake / f"again-{number}.png")
     finish("run", write_recipe(tmp_path / "r.yaml", tmp_path / "store", lake))
     curated = load(tmp_path / "store", "curated/r@1")
-    assert curated.record.counts == {"images": kept, "images_in": len(list(lake.iterdir()))}
+    assert curated.record.counts == {"images": 1, "images_in": len(list(lake.iterdir()))}
     manifest = manifest_from_bytes(curated.files.read("manifest.parquet"))
     assert manifest["id"].to_pylist() == [hashlib.sha256((lake / "0000.png").read_bytes()).hexdigest()]
     capfd.readouterr()
@@ -122,6 +122,24 @@ def test_a_curated_set_that_matches_no_cluster_is_named_and_what_was_made_before
     assert records(tmp_path / "store") == ["copies/r@1", "features/r-curated@1", "features/r@1", "raw/r-curated@1", "raw/r@1"]
     finish("curate", recipe, "retrieval.min_images_per_cluster=0")
     assert load(tmp_path / "store", "curated/r@1").record.counts["images"] >= 1
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_set_that_joins_as_it_is_joins_once_though_it_holds_kept_images_repeats_and_broken_files(tmp_path: Path) -> None:
+    lake, own = write_pictures(tmp_path / "lake", range(6)), write_pictures(tmp_path / "own", range(4, 10), same=[8])
+    whole = (own / "0009.png").read_bytes()
+    (own / "torn.png").write_bytes(whole[: len(whole) // 2])
+    retrieval = {"mode": "auto", "sets": {"own": {"mode": "none", "as_is": True}}}
+    ingest = {"curated": str(own), "images_per_shard": 3}
+    finish("run", write_recipe(tmp_path / "r.yaml", tmp_path / "store", lake, ingest=ingest, curate={"retrieval": retrieval}))
+    curated = load(tmp_path / "store", "curated/r@1")
+    found = manifest_from_bytes(curated.files.read("manifest.parquet"))["id"].to_pylist()
+    pool, joined = (
+        [hashlib.sha256((folder / f"{seed:04d}.png").read_bytes()).hexdigest() for seed in seeds]
+        for folder, seeds in ((lake, range(6)), (own, range(6, 10)))
+    )
+    assert found[:6] == pool
+    assert sorted(found[6:]) == sorted(joined)
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -201,7 +219,9 @@ def test_an_artifact_of_another_kind_is_refused_with_the_kind_that_is_meant(late
 )
 def test_an_artifact_that_is_not_there_is_named_with_what_makes_it(later: Path, capfd, override, missing, verb) -> None:
     recipe = write_recipe(later / "first.yaml", later / "store", later / "lake")
-    status, error = refused(capfd, "dedup", recipe, override, "version=2", *([] if "features" in override else ["features=features/first@1"]))
+    status, error = refused(
+        capfd, "dedup", recipe, override, "version=2", *([] if "features" in override else ["features=features/first@1"])
+    )
     assert status == 1
     assert f"no artifact {missing} in {later / 'store'}; `heliostat {verb}` makes it, run that first" in error
 
@@ -288,4 +308,3 @@ def test_a_disk_that_fills_up_tears_nothing_and_with_room_again_the_same_bytes_c
     resize(small_disk, 4 * used)
     finish("run", recipe)
     assert contents(small_disk / "store") == whole
-    assert OF_THEIR_OWN_TIME

@@ -77,9 +77,7 @@ IMAGES += [(3, "https://c.example/1.png")] * 3
 
 
 def web(tmp_path: Path) -> tuple[Artifact, FeatureFiles]:
-    places = [
-        {"source": url, "shard": f"shards/{task:06d}-{number % 2:04d}.tar"} for number, (task, url) in enumerate(IMAGES)
-    ]
+    places = [{"source": url, "shard": f"shards/{task:06d}-{number % 2:04d}.tar"} for number, (task, url) in enumerate(IMAGES)]
     return crawled(LocalStore(tmp_path / "web"), LOGS), features_at(LocalStore(tmp_path / "f"), places)
 
 
@@ -99,7 +97,9 @@ def test_an_image_gets_the_evidence_of_its_own_fetch_and_not_of_the_same_url_els
 def test_a_shard_that_no_crawl_has_named_is_refused(tmp_path: Path) -> None:
     raw, _ = web(tmp_path)
     features = features_at(LocalStore(tmp_path / "g"), [{"source": "x", "shard": "/elsewhere/photos.tar"}])
-    with pytest.raises(DataError, match=r"^shard /elsewhere/photos\.tar is not named as a crawl names its shards; make the raw"):
+    with pytest.raises(
+        DataError, match=r"^shard /elsewhere/photos\.tar is not named as a crawl names its shards; make the raw"
+    ):
         PoolRows(Pool((features,)), (fetch_log_of(raw),)).read(0)
 
 
@@ -117,7 +117,12 @@ def test_images_that_were_not_crawled_have_no_evidence_and_blocks_are_counted_ov
 def folder(tmp_path: Path) -> tuple[Artifact, FeatureFiles]:
     """Six packed images, the third and the sixth of which have no readable header, and two files that were not packed."""
     places = [
-        {"source": f"{row}.png", "shard": f"shards/{row // 4:06d}.tar", "offset": 512 + 1000 * row, "width": 0 if row in (2, 5) else 9}
+        {
+            "source": f"{row}.png",
+            "shard": f"shards/{row // 4:06d}.tar",
+            "offset": 512 + 1000 * row,
+            "width": 0 if row in (2, 5) else 9,
+        }
         for row in range(6)
     ]
     rejected = [
@@ -167,9 +172,7 @@ def test_a_ledger_over_a_crawl_and_a_folder_adds_up_from_the_first_url_to_the_la
     decisions.judge(named_reasons("decode", decisions.rows, reasons))
     files = LocalStore(tmp_path / "ledger")
     rows = PoolRows(pool, tuple(fetch_log_of(raw) for raw in raws))
-    funnel = write_ledger(
-        files, rows, LedgerFacts(columns.ids), decisions, outside=outside, before=before, rows_per_file=5
-    )
+    funnel = write_ledger(files, rows, LedgerFacts(columns.ids), decisions, outside=outside, before=before, rows_per_file=5)
     assert [(step.stage, step.rows_in, step.rows_kept, dict(step.dropped_by_reason)) for step in funnel] == [
         ("crawl", 18, 15, {"not_found": 1, "dns": 1, "robots": 1}),
         ("ingest", 15, 12, {"empty": 1, "too_large": 1, "bad_member": 1}),

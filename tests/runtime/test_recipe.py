@@ -149,7 +149,10 @@ def test_a_recipe_that_curates_has_the_stages_before_it_with_their_defaults(sect
         if stage in stages and stage not in sections:
             assert getattr(recipe, stage) == type(getattr(recipe, stage))()
     # What a dry run prints is the same recipe.
-    assert recipe_of(**{name: section for name, section in recipe.model_dump(exclude_none=True).items() if name != "name"}) == recipe
+    assert (
+        recipe_of(**{name: section for name, section in recipe.model_dump(exclude_none=True).items() if name != "name"})
+        == recipe
+    )
 
 
 @pytest.mark.parametrize(
@@ -162,8 +165,14 @@ def test_a_recipe_that_curates_has_the_stages_before_it_with_their_defaults(sect
         ({"ingest": {"curated": "./own"}}, "ingest.pool is missing; give a folder, an s3:// prefix"),
         ({"ingest": {}}, "ingest.pool is missing"),
         ({"dedup": {"evaluation": {"a b": "raw/y@1"}}}, "dedup.evaluation: 'a b' cannot name an artifact; use letters"),
-        ({"dedup": {"evaluation": {"val": "./photos"}}}, "dedup.evaluation.val: './photos' is not an artifact; write kind/name"),
-        ({"dedup": {"evaluation": {"val": "features/y@1"}}}, "dedup.evaluation.val=features/y@1 is of another kind; name raw/NAME"),
+        (
+            {"dedup": {"evaluation": {"val": "./photos"}}},
+            "dedup.evaluation.val: './photos' is not an artifact; write kind/name",
+        ),
+        (
+            {"dedup": {"evaluation": {"val": "features/y@1"}}},
+            "dedup.evaluation.val=features/y@1 is of another kind; name raw/NAME",
+        ),
         (
             {"ingest": {"pool": "./lake", "evaluation": "./val"}, "dedup": {"evaluation": {"evaluation": "raw/y@1"}}},
             "evaluation names two sets, raw/x-evaluation@1 and raw/y@1; rename one of them",
@@ -232,13 +241,18 @@ def test_a_key_of_an_implied_section_can_be_set(stage: str, override: str) -> No
     recipe = read_recipe("laptop", (override,), stage)
     assert recipe.dedup.copies.threshold == 0.7
     assert recipe.dedup.copies.limits("copy").threshold == 0.7
-    assert recipe.dedup.copies.limits("copy").decontamination_threshold == DedupStage().copies.limits("copy").decontamination_threshold
+    assert (
+        recipe.dedup.copies.limits("copy").decontamination_threshold
+        == DedupStage().copies.limits("copy").decontamination_threshold
+    )
 
 
 def test_a_verb_sets_the_keys_of_its_own_section_and_a_whole_recipe_those_of_any(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("own.yaml").write_text("name: own\ningest: {pool: ./lake}\ncurate: {}\n")
-    recipe = read_recipe("own.yaml", ("embed.batch_size=3", "dedup.evaluation.val=raw/val@1", "retrieval.mode=sample"), "curate")
+    recipe = read_recipe(
+        "own.yaml", ("embed.batch_size=3", "dedup.evaluation.val=raw/val@1", "retrieval.mode=sample"), "curate"
+    )
     assert recipe.embed.batch_size == 3
     assert recipe.dedup.evaluation == {"val": "raw/val@1"}
     assert recipe.curate.retrieval.mode == "sample"

@@ -52,7 +52,10 @@ def curate(artifacts: ArtifactStore, folder: Path, name: str, **settings: object
     """copies/NAME@1 and curated/NAME@1 of a pool of its own, with the ledger of what dedup decided."""
     pool = pool_of(folder, name)
     found = judge(folder / f"{name}-dedup", pool, **settings)
-    edges = {entry.key: LocalStore(folder / f"{name}-dedup").read(entry.key) for entry in LocalStore(folder / f"{name}-dedup").list("edges/")}
+    edges = {
+        entry.key: LocalStore(folder / f"{name}-dedup").read(entry.key)
+        for entry in LocalStore(folder / f"{name}-dedup").list("edges/")
+    }
     facts = json.dumps({"statistics": dict(found.statistics)}).encode()
     copies = commit(artifacts, f"copies/{name}@1", {COPIES_JSON: facts, **edges}, {})
     ledger, rows = LocalStore(folder / f"{name}-ledger"), found.rows
@@ -173,7 +176,10 @@ def test_what_would_have_been_is_what_dedup_does_at_that_threshold(store, tmp_pa
 def test_a_range_is_a_table_and_the_newest_curation_is_asked_without_a_name(store) -> None:
     artifacts, _ = store
     lines = what_would_be(artifacts, "", ["dup_threshold=0.5..0.8"])
-    assert lines[0] == f"{curations(artifacts, '')[0].ref}, from the edges of {curations(artifacts, '')[0].record.inputs['copies']}:"
+    assert (
+        lines[0]
+        == f"{curations(artifacts, '')[0].ref}, from the edges of {curations(artifacts, '')[0].record.inputs['copies']}:"
+    )
     assert len(lines) == 1 + 1 + 1 + 7  # name, head, as it was, seven thresholds
     assert len(what_would_be(artifacts, "", [])) > 1
 
@@ -182,7 +188,10 @@ def test_a_range_is_a_table_and_the_newest_curation_is_asked_without_a_name(stor
     ("words", "said"),
     [
         (["treshold=0.7"], "what-if knows no treshold; ask about dup_threshold, "),
-        (["dup_threshold=0.3"], "dup_threshold=0.3 is below 0.45, where stored similarities begin; dedup with a lower edge_floor"),
+        (
+            ["dup_threshold=0.3"],
+            "dup_threshold=0.3 is below 0.45, where stored similarities begin; dedup with a lower edge_floor",
+        ),
         (["dup_threshold=high"], "'dup_threshold=high' is not key=number or key=low..high with numbers from -1 to 1"),
         (["dup_threshold=0.5..0.7", "max_nsfw_score=0.1..0.5"], "only one key can have a range"),
         (["decontamination_threshold=0.7"], "decontamination_threshold was not in force here"),

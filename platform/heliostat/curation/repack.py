@@ -165,6 +165,19 @@ class RepackShard:
         return blur_faces(data, np.array(boxes, np.float32), self.faces)
 
 
+def first_seen(ids: NDArray[np.uint8], known: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """(n,) whether an id of (n, 32) uint8 is the first of its kind and none of the known (m, 32)."""
+    fresh = np.zeros(len(ids), np.bool_)
+    if not len(ids):
+        return fresh
+    distinct, first = np.unique(np.ascontiguousarray(ids).view("V32").reshape(-1), return_index=True)
+    fresh[first] = True
+    asked = np.ascontiguousarray(known).view("V32").reshape(-1)
+    place = np.minimum(np.searchsorted(distinct, asked), len(distinct) - 1)
+    fresh[first[place[distinct[place] == asked]]] = False
+    return fresh
+
+
 def has_faces_to_blur(pool: Pool, config: FaceBlurConfig) -> NDArray[np.bool_]:
     """(N,) whether `RepackShard` would blur a face of each image: one that is certain enough and has an area."""
     found = np.zeros(pool.num_rows, np.bool_)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from heliostat.artifacts import WORK, Artifact, ArtifactRef, Draft, FileRecord
@@ -13,7 +14,7 @@ from heliostat.curation.curate import Curation, curate
 from heliostat.curation.features_config import FaceBlurConfig
 from heliostat.curation.ledger_facts import LedgerFacts
 from heliostat.curation.pool import FeatureFiles, PoolColumns, id_bytes, read_columns
-from heliostat.curation.repack import PLAN_COLUMNS, RepackPlan, RepackShard, ShardSize, has_faces_to_blur
+from heliostat.curation.repack import PLAN_COLUMNS, RepackPlan, RepackShard, ShardSize, first_seen, has_faces_to_blur
 from heliostat.data.manifest import MANIFEST_SCHEMA, join_manifests, manifest_from_bytes, manifest_to_bytes
 from heliostat.errors import DataError
 from heliostat.runtime.curation_review import write_review
@@ -130,21 +131,25 @@ def _kept_rows(curated: Curated) -> Iterator[tuple[int, pa.Table]]:
             if here.any():
                 yield number, member.read(block, PLAN_COLUMNS).filter(pa.array(here))
         first += member.num_rows
-    seen = {bytes(one) for one in curated.columns.ids[kept]} if _as_is(curated) else set()
+    fresh, start = _fresh(curated, curated.columns.ids[kept]), 0
     for name in _as_is(curated):
-        features = curated.sets[name]
-        for block in range(len(features.keys)):
-            table = features.read(block, (*PLAN_COLUMNS, "reason"))
-            fresh = []
-            for identity, reason in zip(table["id"].to_pylist(), table["reason"].to_pylist(), strict=True):
-                is_new = not reason and bytes.fromhex(identity) not in seen
-                fresh.append(is_new)
-                if is_new:
-                    seen.add(bytes.fromhex(identity))
-            yield (
-                len(pool.members) + list(curated.raws).index(name),
-                table.filter(pa.array(fresh, pa.bool_())).select(PLAN_COLUMNS),
-            )
+        for block in range(len(curated.sets[name].keys)):
+            rows = curated.sets[name].read(block, PLAN_COLUMNS)
+            here, start = fresh[start : start + rows.num_rows], start + rows.num_rows
+            yield len(pool.members) + list(curated.raws).index(name), rows.filter(pa.array(here))
+
+
+def _fresh(curated: Curated, known: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Over the images of the sets that join as they are: which decode, and are neither kept already nor among those before."""
+    ids, decoded = [known[:0]], [np.empty(0, np.bool_)]
+    for name in _as_is(curated):
+        for block in range(len(curated.sets[name].keys)):
+            table = curated.sets[name].read(block, ("id", "reason"))
+            ids.append(id_bytes(table["id"]))
+            decoded.append(np.asarray(pc.equal(table["reason"], "").to_numpy(), np.bool_))
+    fresh = np.concatenate(decoded)
+    fresh[fresh] = first_seen(np.concatenate(ids)[fresh], known)
+    return fresh
 
 
 def _as_is(curated: Curated) -> list[str]:
