@@ -6,24 +6,24 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from heliostat.artifacts import WORK, Artifact, Draft, FileRecord, compute_fingerprint
+from heliostat.artifacts import WORK, Artifact, ArtifactRef, Draft, FileRecord, compute_fingerprint
 from heliostat.crawling.config import check_contact
-from heliostat.crawling.download import DownloadUrls
+from heliostat.crawling.download import DownloadUrls, retry_list
 from heliostat.crawling.extract import ExtractLinks, plan_inputs
 from heliostat.crawling.plan import Plan, plan_downloads
-from heliostat.crawling.tables import LOG_SCHEMA, links_key, log_key, read_table
+from heliostat.crawling.tables import LOG_SCHEMA, links_key, log_key, read_table, table_to_bytes
 from heliostat.curation.forget_list import read_forget_list
 from heliostat.data.packing import Packing
 from heliostat.data.quarantine import QUARANTINE
-from heliostat.errors import DataError
-from heliostat.runtime.ledger_rows import CRAWL
+from heliostat.errors import DataError, UsageError
+from heliostat.runtime.ledger_rows import CRAWL, fetch_log_of
 from heliostat.runtime.pipelines import Context, Summary, config_of, make
 from heliostat.runtime.recipe import CrawlStage
 from heliostat.runtime.relay import Gauges
 from heliostat.runtime.shards import RayTasks
 from heliostat.runtime.stage_ingest import assemble, put_raw, rows_key
 from heliostat.runtime.step_times import TIMES, StepTimes
-from heliostat.storage import open_store
+from heliostat.storage import Store, open_store
 from heliostat.tracking import Run
 
 """Where links, plan and fetch log of a crawl lie in its artifact."""
@@ -34,14 +34,16 @@ CRAWL_JSON = "crawl.json"
 def crawl(context: Context, config: CrawlStage) -> Artifact:
     """Make the recipe's raw artifact from the web. Raises UsageError without a contact or without an input."""
     check_contact(config)
-    inputs = plan_inputs(config)
-    settings = config_of(config, without=("pages", "warcs", "urls"))
-    settings["inputs_digest"] = _digest(inputs)
+    earlier = _earlier(context, config)
+    given = plan_inputs(config) if config.pages or config.warcs or config.urls or earlier is None else []
+    settings = config_of(config, without=("pages", "warcs", "urls", "retry"))
+    settings["inputs_digest"] = _digest(given)
 
     def work(draft: Draft, run: Run) -> Summary:
         context.need_ray()
         times = StepTimes()
         run_tasks, room = RayTasks(context.progress, times), draft.files.child(CRAWL)
+        inputs = given if earlier is None else plan_inputs(_with_retries(config, earlier, room))
         _extract(context, config, draft, inputs, run_tasks)
         with times.step("planning the downloads"):
             keys = [links_key(task["index"]) for task in inputs]
@@ -58,7 +60,32 @@ def crawl(context: Context, config: CrawlStage) -> Artifact:
         run.log_metrics({"crawl/urls": float(plan.num_urls), "crawl/images": float(summary.counts["images"])}, 0)
         return summary
 
-    return make(context, context.recipe.ref("raw"), stage="crawl", config=settings, inputs={}, work=work)
+    inputs = {} if earlier is None else {"retried": earlier}
+    return make(context, context.recipe.ref("raw"), stage="crawl", config=settings, inputs=inputs, work=work)
+
+
+def _earlier(context: Context, config: CrawlStage) -> Artifact | None:
+    """The crawl whose failures are tried again."""
+    if not config.retry:
+        return None
+    earlier = context.load(ArtifactRef.parse(config.retry))
+    if fetch_log_of(earlier) is None:
+        raise UsageError(f"crawl.retry={config.retry} is no crawl: it has no log of URLs")
+    return earlier
+
+
+def _with_retries(config: CrawlStage, earlier: Artifact, room: Store) -> CrawlStage:
+    """The configuration with lists of the URLs to try again, one a fetch log; the lists stay in the artifact."""
+    num_urls = 0
+    for key in sorted(earlier.record.files):
+        if key.startswith(f"{CRAWL}/fetch_log/"):
+            again = retry_list(read_table(earlier.files, key, LOG_SCHEMA))
+            num_urls += again.num_rows
+            if again.num_rows:
+                room.put(f"again/{key.rpartition('/')[2]}", table_to_bytes(again))
+    if not num_urls:
+        raise DataError(f"{earlier.ref} has no URL whose failure may have passed; there is nothing to try again")
+    return config.model_copy(update={"urls": (*config.urls, f"{room.uri}/again")})
 
 
 def _digest(inputs: list[dict[str, Any]]) -> str:
