@@ -21,6 +21,8 @@ from heliostat.data.shards import make_shard_image, manifest_rows, read_shard, w
 from heliostat.errors import DataError
 from heliostat.storage import LocalStore
 
+FIVE = ShardSize(5, 2**30)
+
 
 @dataclass
 class CountingStore:
@@ -74,7 +76,7 @@ def pack(
     raws: list[LocalStore | CountingStore],
     added: list[tuple[int, pa.Table]],
     *,
-    size: ShardSize = ShardSize(5, 2**30),
+    size: ShardSize = FIVE,
     faces: FaceBlurConfig | None = None,
 ) -> list[dict]:
     """Plan and write everything; returns the results of the tasks."""

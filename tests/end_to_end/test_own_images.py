@@ -45,7 +45,8 @@ def test_a_folder_with_broken_files_becomes_a_model_and_the_broken_ones_are_coun
     assert any("vit_" in line and "median shorter side" in line for line in chosen), chosen
     assert any("epochs of 42 images" in line for line in chosen), chosen
     artifacts = ArtifactStore(LocalStore(tmp_path / "store"))
-    assert [str(ref) for ref in artifacts.list()] == ["curated/my-photos@1", "model/my-photos@1", "raw/my-photos@1"]
+    assert [ref.kind for ref in artifacts.list()] == ["copies", "curated", "features", "model", "raw"]
+    assert {(ref.name, ref.version) for ref in artifacts.list()} == {("my-photos", "1")}
     assert all(verify(artifacts.load(ref)) for ref in artifacts.list())
 
     curated = artifacts.load(ArtifactRef("curated", "my-photos", "1"))

@@ -1,7 +1,6 @@
 """`why` and `what-if` over the curations of a store: which one is asked, what they say, and how they refuse."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +73,7 @@ def curate(artifacts: ArtifactStore, folder: Path, name: str, **settings: object
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ArtifactStore, dict[str, Pool]]]:
+def store(tmp_path_factory: pytest.TempPathFactory) -> tuple[ArtifactStore, dict[str, Pool]]:
     """A store with two curations and the refused links of a crawl."""
     folder = tmp_path_factory.mktemp("review")
     artifacts = ArtifactStore(LocalStore(folder / "store"))
@@ -85,7 +84,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ArtifactSt
         ["https://a.example/3.png", "", "", None, "", ""],
     ]
     commit(artifacts, "raw/web@1", {f"crawl/{links_key(0)}": table_to_bytes(text_table(links, LINKS_SCHEMA))}, {})
-    yield artifacts, pools
+    return artifacts, pools
 
 
 def identity(pool: Pool, row: int) -> str:
@@ -145,7 +144,7 @@ def test_a_link_that_was_refused_has_its_story_though_no_ledger_holds_it(store, 
 
 
 def test_a_url_that_nobody_found_is_refused_as_any_other_name(store) -> None:
-    with pytest.raises(DataError, match="no image with id or source 'https://nobody.example/x.png' in curated/"):
+    with pytest.raises(DataError, match=r"no image with id or source 'https://nobody\.example/x\.png' in curated/"):
         why(store[0], "", "https://nobody.example/x.png")
 
 

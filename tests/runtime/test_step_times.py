@@ -37,23 +37,42 @@ def test_tasks_add_their_processors_images_and_parts_as_fractions_of_seconds() -
     assert row["parts"] == {"copy": 0.25, "decode": 0.625}
 
 
+def test_what_begins_within_a_step_is_a_part_of_it_and_its_images_are_not_counted_twice() -> None:
+    times = StepTimes()
+    with times.step("outer", images=5):
+        times.add_task("tasks", 1.0, {"images": 1, "cpu_seconds": {"hash": 0.5}})
+        with times.step("inner"):
+            spend(0.01)
+        times.add_task("outer", 1.0, {"images": 2})
+    (row,) = times.rows("dedup")
+    assert (row["step"], row["images"], row["parts"]) == ("outer", 7, {"hash": 0.5})
+    assert 2.009 <= row["cpu_seconds"] < 2.5
+
+
 def test_steps_come_in_the_order_in_which_they_began_and_read_back_from_json() -> None:
     times = StepTimes()
-    with times.step("outer"):
-        times.add_task("tasks", 1.0, {"images": 1})
-        with times.step("inner"):
-            pass
-    times.add_task("outer", 1.0, {})
+    with times.step("first"):
+        pass
+    times.add_task("tasks", 1.0, {"images": 1})
+    with times.step("last"):
+        pass
+    with times.step("first"):
+        pass
     rows = times.rows("dedup")
-    assert [row["step"] for row in rows] == ["outer", "tasks", "inner"]
+    assert [row["step"] for row in rows] == ["first", "tasks", "last"]
     assert json.loads(json.dumps(rows)) == rows
 
 
 def test_a_step_that_fails_is_counted_and_its_error_goes_on() -> None:
     times = StepTimes()
-    with pytest.raises(KeyError), times.step("plan"):
-        time.sleep(0.01)
-        raise KeyError
+
+    def fail() -> None:
+        with times.step("plan"):
+            time.sleep(0.01)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert times.steps["plan"].seconds >= 0.01
 
 

@@ -245,4 +245,13 @@ def _times(curated: "Curated", draft: Draft) -> list[dict[str, Any]]:
         if artifact.files.size(TIMES) is not None:
             rows += artifact.read_json(TIMES)
     rows += json.loads(draft.files.read(TIMES))
-    return [{**row, "stage": f"{row['stage']}: {row['step']}"} for row in rows]
+    return [{**row, "stage": _named(row)} for row in rows]
+
+
+def _named(row: dict[str, Any]) -> str:
+    """Stage and step, and what took most of it where the workers told."""
+    name = f"{row['stage']}: {row['step']}"
+    if not row["parts"]:
+        return name
+    slowest = max(row["parts"], key=row["parts"].__getitem__)
+    return f"{name} ({slowest} {row['parts'][slowest] / sum(row['parts'].values()):.0%})"

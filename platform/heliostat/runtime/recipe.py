@@ -1,7 +1,5 @@
 """The whole recipe: one section per stage. `heliostat run` takes those that are present, in order."""
 
-import re
-from collections.abc import Iterable
 from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -17,14 +15,13 @@ from heliostat.evaluation.config import EvaluateConfig
 from heliostat.models.config import BackboneConfig
 from heliostat.publishing.config import PublishConfig
 from heliostat.runtime.config import ClusterConfig, SweepConfig
+from heliostat.runtime.named_sets import NAME, check_kind, check_set_names, join_sets
 from heliostat.tracking import TrackingConfig
 from heliostat.training.recipe import DistillConfig, PretrainConfig, phase_config
 
 STAGES = ("crawl", "ingest", "embed", "dedup", "curate", "pretrain", "sweep", "distill", "evaluate", "publish")
 SETS = ("curated", "evaluation", "labelled", "heldout", "pictures")
 """What ingest makes besides the pool: raw/<name>-<set>."""
-
-_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
 
 class IngestConfig(StrictModel):
@@ -99,28 +96,12 @@ class CurateStage(CurateConfig):
     """Bytes of images after which a shard is closed too; bounds the memory of packing one."""
 
 
-def _check_set_names(names: Iterable[str], what: str) -> None:
-    for name in names:
-        if not re.fullmatch(_NAME, name):
-            raise ValueError(f"{what}: {name!r} cannot name an artifact; use letters, digits, '.', '_' and '-'")
-
-
-def _check_kind(key: str, name: str, kind: str) -> None:
-    """ValueError unless `name`, where there is one, is kind/name@version of this kind."""
-    try:
-        if not name or ArtifactRef.parse(name).kind == kind:
-            return
-    except UsageError as error:
-        raise ValueError(f"{key}: {error}") from error
-    raise ValueError(f"{key}={name} is of another kind; name {kind}/NAME@VERSION")
-
-
 class Recipe(StrictModel):
     """A recipe file."""
 
-    name: str = Field(pattern=_NAME)
+    name: str = Field(pattern=NAME)
     """Name of every artifact that the recipe makes."""
-    version: str = Field(default="1", pattern=_NAME)
+    version: str = Field(default="1", pattern=NAME)
     """Version of every artifact that the recipe makes; choose a new one when a setting changes."""
     store: str = "./heliostat-store"
     """Where artifacts live: a folder or s3://bucket/prefix."""
@@ -227,7 +208,7 @@ class Recipe(StrictModel):
         """Sets that the training set must not show: name -> raw artifact; the recipe's own first."""
         own = self.ingest is not None and bool(self.ingest.evaluation)
         sets = {"evaluation": str(self.ref("raw", "-evaluation"))} if own else {}
-        return _joined(sets, self.dedup.evaluation if self.dedup is not None else {})
+        return join_sets(sets, self.dedup.evaluation if self.dedup is not None else {})
 
     def curated_sets(self) -> dict[str, str]:
         """Sets that retrieval serves: name -> raw artifact, in the order of the recipe."""
@@ -240,23 +221,23 @@ class Recipe(StrictModel):
 
     def embedded_sets(self) -> dict[str, str]:
         """All sets besides the pool that must be embedded: name -> raw artifact."""
-        return _joined(self.evaluation_sets(), self.curated_sets())
+        return join_sets(self.evaluation_sets(), self.curated_sets())
 
     @model_validator(mode="after")
     def _check_artifacts_that_curation_names(self) -> Self:
         if self.embed is not None:
-            _check_kind("embed.raw", self.embed.raw, "raw")
+            check_kind("embed.raw", self.embed.raw, "raw")
         if self.dedup is not None:
-            _check_kind("dedup.features", self.dedup.features, "features")
-            _check_kind("dedup.previous", self.dedup.previous, "copies")
-            _check_set_names(self.dedup.evaluation, "dedup.evaluation")
+            check_kind("dedup.features", self.dedup.features, "features")
+            check_kind("dedup.previous", self.dedup.previous, "copies")
+            check_set_names(self.dedup.evaluation, "dedup.evaluation")
             for name, artifact in self.dedup.evaluation.items():
-                _check_kind(f"dedup.evaluation.{name}", artifact, "raw")
+                check_kind(f"dedup.evaluation.{name}", artifact, "raw")
         if self.curate is not None:
-            _check_kind("curate.copies", self.curate.copies, "copies")
-            _check_set_names(self.curate.retrieval.sets, "curate.retrieval.sets")
+            check_kind("curate.copies", self.curate.copies, "copies")
+            check_set_names(self.curate.retrieval.sets, "curate.retrieval.sets")
             for name, one in self.curate.retrieval.sets.items():
-                _check_kind(f"curate.retrieval.sets.{name}.artifact", one.artifact, "raw")
+                check_kind(f"curate.retrieval.sets.{name}.artifact", one.artifact, "raw")
         self.embedded_sets()
         return self
 
@@ -294,14 +275,6 @@ class Recipe(StrictModel):
     def stages(self) -> list[str]:
         """The stages that are present, in order."""
         return [stage for stage in STAGES if getattr(self, stage) is not None]
-
-
-def _joined(first: dict[str, str], second: dict[str, str]) -> dict[str, str]:
-    """Both mappings as one. Raises ValueError for a name that stands for two artifacts."""
-    for name, artifact in second.items():
-        if first.get(name, artifact) != artifact:
-            raise ValueError(f"{name} names two sets, {first[name]} and {artifact}; rename one of them")
-    return first | second
 
 
 def scope_overrides(overrides: tuple[str, ...], stage: str) -> list[str]:

@@ -22,6 +22,9 @@ from heliostat.runtime.step_times import StepTimes
 _TASKS_AT_ONCE = 8192
 """Tasks of one Ray Data execution: each is a block of its own, and Ray's driver keeps some kilobytes a block."""
 
+_LINE_SECONDS = 1.0
+"""Steps that end sooner leave no line: k-means alone has forty of them."""
+
 _TASKS_IN_FLIGHT = 64
 _RETRIES = 9
 
@@ -130,7 +133,9 @@ class RayTasks:
 
     def _show(self, label: str, done: int, total: int, seconds: float) -> None:
         left = f", {duration_text(seconds / done * (total - done))} left" if done < total else f" in {duration_text(seconds)}"
-        self.progress.update(f"{label} {bar(done, total)} {done:,}/{total:,}{left}", final=done == total)
+        is_final = done == total and seconds >= _LINE_SECONDS
+        if done < total or is_final:
+            self.progress.update(f"{label} {bar(done, total)} {done:,}/{total:,}{left}", final=is_final)
 
 
 def map_shards(

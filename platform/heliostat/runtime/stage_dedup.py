@@ -102,7 +102,7 @@ def run_dedup(context: Context, config: DedupStage) -> Artifact:
             old_rows=earlier.pool.num_rows if earlier else 0,
             old_edges=(earlier.artifact.files, EDGES) if earlier else None,
         )
-        with times.step("deciding", images=given.pool.num_rows):
+        with times.step("copies and decontamination", images=given.pool.num_rows):
             found = dedup(given, config, files=draft.files, work=draft.files.child(f"{WORK}dedup"), run=run_tasks, seed=_SEED)
         found.rows.write(draft.files)
         draft.put(COPIES_JSON, json.dumps(_facts(found, sets), indent=1).encode())

@@ -21,27 +21,38 @@ class StepTime:
 
 @dataclass
 class StepTimes:
-    """The steps of one stage in the order in which they began. What an interrupted run had done is not counted again."""
+    """The steps of one stage in the order in which they began; what begins within a step counts as a part of it.
+
+    What an interrupted run had done is not counted again.
+    """
 
     steps: dict[str, StepTime] = field(default_factory=dict)
+    _open: list[StepTime] = field(default_factory=list)
 
     @contextmanager
     def step(self, name: str, *, images: int = 0) -> Iterator[StepTime]:
         """Time the body, which runs in this process."""
+        if self._open:
+            yield self._open[0]
+            return
         step = self.steps.setdefault(name, StepTime())
         step.images = max(step.images, images)
         started, used = time.monotonic(), time.process_time()
+        self._open.append(step)
         try:
             yield step
         finally:
+            self._open.pop()
             step.seconds += time.monotonic() - started
             step.cpu_seconds += time.process_time() - used
 
     def add_task(self, name: str, cpu_seconds: float, result: Mapping[str, Any]) -> None:
         """Count a task that a worker did; its result may tell `images` and `cpu_seconds` by part."""
-        step = self.steps.setdefault(name, StepTime())
+        outer = self._open[0] if self._open else None
+        step = outer if outer is not None else self.steps.setdefault(name, StepTime())
         step.cpu_seconds += cpu_seconds
-        step.images += int(result.get("images", 0))
+        if step is self.steps.get(name):  # images of a step within another are not counted twice
+            step.images += int(result.get("images", 0))
         for part, seconds in result.get("cpu_seconds", {}).items():
             step.parts[part] = step.parts.get(part, 0.0) + seconds
 
