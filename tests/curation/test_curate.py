@@ -252,9 +252,6 @@ def test_an_interrupted_curation_goes_on_and_ends_the_same(tmp_path: Path, case:
     settings = {"balance": {"target_images": 15}, **CASES[case]}
     whole = run(tmp_path / "whole", pool, sets, **settings)
 
-    class Stop(Exception):
-        """As if the driver died."""
-
     def stopping_after(limit: int):
         calls = 0
 
@@ -263,14 +260,14 @@ def test_an_interrupted_curation_goes_on_and_ends_the_same(tmp_path: Path, case:
             for result in run_serially(function, tasks, label=label, has_state=has_state):
                 calls += 1
                 if calls >= limit:
-                    raise Stop
+                    raise KeyboardInterrupt  # as if the driver died
                 yield result
 
         return stopping
 
     stops = 0
     for limit in (1, 2, 3, 5, 8, 12, 20, 33):  # each goes on from where the one before was stopped
-        with contextlib.suppress(Stop):
+        with contextlib.suppress(KeyboardInterrupt):
             run(tmp_path / "stopped", pool, sets, run_tasks=stopping_after(limit), **settings)
             break
         stops += 1

@@ -131,39 +131,54 @@ def drive(words: list[str], log: str, stages: Sequence[str] = STAGES) -> None:
     os._exit(0)
 
 
+def start_head(folder: str) -> tuple[subprocess.Popen[bytes], int]:
+    """A Ray head on two free ports, and its port. Another process may take one of them meanwhile: then on two others."""
+    log = Path(folder) / "head.log"
+    for _ in range(3):
+        with contextlib.ExitStack() as open_sockets:
+            probes = [open_sockets.enter_context(socket.socket()) for _ in range(2)]
+            for probe in probes:
+                probe.bind(("127.0.0.1", 0))
+            port, dashboard = (probe.getsockname()[1] for probe in probes)
+        environment = {
+            **os.environ,
+            "RAY_AUTH_MODE": "disabled",
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+        command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
+        command += [f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2", f"--temp-dir={folder}"]
+        command += ["--object-store-memory=120000000", "--disable-usage-stats"]
+        with log.open("ab") as output:
+            process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + 180
+        while process.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                return process, port
+            time.sleep(0.3)
+        end_family(process)
+    pytest.fail(f"no Ray head starts:\n{log.read_text()[-3000:]}")
+
+
+def end_family(process: subprocess.Popen[bytes]) -> None:
+    """Kill a head node and everything below it."""
+    family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    for member in (process, *family):
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            member.kill()
+    process.wait()
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """A Ray that outlives its drivers."""
     folder = tempfile.mkdtemp(prefix="hsk", dir="/tmp")  # short: Ray keeps unix sockets below it
-    with contextlib.ExitStack() as open_sockets:
-        probes = [open_sockets.enter_context(socket.socket()) for _ in range(2)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        port, dashboard = (probe.getsockname()[1] for probe in probes)
-    environment = {
-        **os.environ,
-        "RAY_AUTH_MODE": "disabled",
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
-    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
-    command += [f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2", f"--temp-dir={folder}"]
-    command += ["--object-store-memory=120000000", "--disable-usage-stats"]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        with contextlib.suppress(OSError):
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            break
-        time.sleep(0.3)
+    process, port = start_head(folder)
     os.environ["RAY_ADDRESS"] = f"127.0.0.1:{port}"
     yield folder
     del os.environ["RAY_ADDRESS"]
-    family = [process, *psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
-    for member in family:
-        with contextlib.suppress(psutil.Error, ProcessLookupError):
-            member.kill()
-    process.wait()
+    end_family(process)
     shutil.rmtree(folder, ignore_errors=True)
 
 
