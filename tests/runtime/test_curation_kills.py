@@ -28,7 +28,7 @@ from heliostat.storage import LocalStore
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500)]
 
-NUM_DRIVER_KILLS, NUM_WORKER_KILLS = 12, 10
+NUM_DRIVER_KILLS, NUM_WORKER_KILLS = 10, 10
 STAGES = ("crawl", "ingest", "embed", "dedup", "curate")
 ARTIFACTS = ("raw/web@1", "features/web@1", "features/web-curated@1", "copies/web@1", "curated/web@1")
 BUSY = "001.png"  # fails until somebody wakes its server
