@@ -61,7 +61,7 @@ class RayTasks:
         if not tasks:
             return
         started, done = time.monotonic(), 0
-        if len(tasks) == 1 and not has_state:  # nothing to spread; an execution of Ray Data costs half a second
+        if len(tasks) == 1 and not (has_state and self.gpus_per_actor):  # nothing to spread: workers take seconds to start
             with self.times.step(label):
                 result = dict(function(tasks[0]))
             self.times.add_task(label, 0.0, result)
