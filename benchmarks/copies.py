@@ -200,6 +200,7 @@ def growth(sizes: list[int], dimension: int) -> tuple[list[str], float]:
             rows.append(
                 f"| {via} | {size:,} | {seconds:.1f} | {1e6 * seconds / size:.0f} | {summary.num_edges:,} | {bands(summary)} |"
             )
+            print(rows[-1], flush=True)  # the largest take minutes
             if via == "buckets":
                 recall = summary.audit.recall or 0.0
     return rows, recall
@@ -264,6 +265,7 @@ def against_indexes(num_rows: int, hnsw_rows: int, dimension: int) -> list[str]:
     rows.append(peer(f"IVF{lists}_HNSW32,PQ64np,RFlat", single, truth, recall, probes))
     some = np.ascontiguousarray(single[:hnsw_rows])
     rows.append(peer("HNSW32", some, truth_of(some), recall, ("efSearch", (64, 128, 256, 512, 1024))))
+    print("\n".join(rows), flush=True)
     return rows
 
 

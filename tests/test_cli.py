@@ -375,3 +375,9 @@ def test_the_shipped_recipes_are_listed_with_their_first_line(capsys: pytest.Cap
     listed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in listed] == shipped_recipes()
     assert all(len(line.split(maxsplit=1)[1]) > 20 for line in listed)
+
+
+def test_a_name_with_an_equals_sign_can_be_asked_about() -> None:
+    assert parse(["why", "curated/a@1", "a=b.png", "store=x"]).words == ("curated/a@1", "a=b.png")
+    assert parse(["forget", "a=b.png"]).words == ("a=b.png",)
+    assert parse(["why", "x", "stroe=y"]).overrides == ("stroe=y",)  # refused later, by its name

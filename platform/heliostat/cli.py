@@ -85,8 +85,10 @@ def parse(arguments: Sequence[str]) -> Request:
         near = difflib.get_close_matches(options.verb, verbs, n=1)
         hint = f"Did you mean {near[0]}?" if near else f"Verbs: {', '.join(verbs)}"
         raise UsageError(f"unknown verb: {options.verb}. {hint}")
-    words = tuple(word for word in options.words if not _is_override(word))
-    overrides = tuple(word for word in options.words if _is_override(word))
+    about_images = options.verb in ("why", "forget")  # whose names may hold the sign
+    is_override = _is_store if about_images else _is_override
+    words = tuple(word for word in options.words if not is_override(word))
+    overrides = tuple(word for word in options.words if is_override(word))
     return Request(options.verb, words, overrides, options.dry_run)
 
 
@@ -94,6 +96,12 @@ def _is_override(word: str) -> bool:
     """`key=value`. A path may hold the sign too: `s3://bucket/date=2024-01-01`, `./run=3`."""
     key, sign, _ = word.partition("=")
     return bool(sign) and "/" not in key
+
+
+def _is_store(word: str) -> bool:
+    """`store=...`, or something like it that is better refused than taken for the name of an image."""
+    key, sign, _ = word.partition("=")
+    return bool(sign) and bool(difflib.get_close_matches(key, ["store"], cutoff=0.7))
 
 
 def _one_word(request: Request, meaning: str, default: str = "") -> str:

@@ -89,6 +89,7 @@ def check_heliostat(words: list[str]) -> str:
         assert asked[0].keys() <= set(KEYS), words
         return target
     if request.verb == "forget":
+        assert len(request.words) == 1, words
         parse_target(request.words[0])
     if request.verb == "shard":
         shard_recipe(request.words[0], request.overrides)

@@ -3,7 +3,7 @@
     1. the request is written to the forget list, so that later stages refuse the images whatever happens next
     2. a plan is made and written: which rows, files and bytes of which artifact; what is killed now is finished by the next run
     3. manifests lose their rows; only then the bytes in the shards become zeros, so no reader meets a row with wrong bytes
-    4. tables are blanked, pages that show an image are deleted, records get the new checksums; the plan is removed
+    4. tables are blanked, pages that show an image are replaced, records get the new checksums; the plan is removed
 
 Fingerprints stay: an artifact is what its settings made it, minus what is listed in its `revisions`.
 """
@@ -44,6 +44,13 @@ __all__ = ["ForgetList", "ForgetReport", "Target", "forget", "parse_target", "re
 
 _DERIVED = ("model", "report", "release", "sweep")
 
+_PAGE_GONE = (
+    b'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Removed</title></head><body>\n'
+    b"<p>This page showed an image that somebody asked to forget. A curation under a new version makes its sheets again.</p>\n"
+    b"</body></html>\n"
+)
+"""Takes the place of a page that showed a forgotten image, so that links to it lead somewhere."""
+
 
 @dataclass(frozen=True)
 class ForgetReport:
@@ -66,7 +73,7 @@ class ForgetReport:
         lines = [f"{len(self.ids)} images {verb} forgotten; the request is {self.target.digest[:12]} of the forget list"]
         for ref, change in self.changes.items():
             removed = f"{change.num_rows} rows, {len(change.files)} files changed"
-            removed += f", {len(change.pages)} pages deleted" if change.pages else ""
+            removed += f", {len(change.pages)} pages replaced" if change.pages else ""
             lines.append(f"  {ref}: {removed}")
             lines += [f"    not ours to change, remove it there: {shard}" for shard in change.in_place]
         lines += [f"  {ref}: made from them; make it again or withdraw it" for ref in self.downstream]
@@ -150,7 +157,7 @@ def _apply(artifacts: ArtifactStore, plan: Mapping[str, Change], target: Target,
         ("rows leave the manifests", _drop_rows),
         ("bytes become zeros", _zero),
         ("tables are blanked", _blank),
-        ("pages and old shards are deleted", _delete),
+        ("pages are replaced, old shards deleted", _delete),
     )
     moves = _all_moves(plan)
     for words, step in steps:
@@ -206,7 +213,9 @@ def _blank(files: Store, change: Change, moves: Moves) -> None:
 
 def _delete(files: Store, change: Change, moves: Moves) -> None:
     del moves
-    for key in (*change.pages, *change.moves):
+    for key in change.pages:
+        files.put(key, _PAGE_GONE)
+    for key in change.moves:
         files.delete(key)
 
 
@@ -221,10 +230,10 @@ def _rewrite(files: Store, key: str, transform: Callable[..., bytes]) -> None:
 def _revise(artifacts: ArtifactStore, ref: ArtifactRef, change: Change, target: Target) -> None:
     """Put the new checksums and counts into the record, and the request among its revisions."""
     found = artifacts.load(ref)
-    gone = {*change.pages, *change.moves}
+    gone = {*change.moves}
     files = {key: file for key, file in found.record.files.items() if key not in gone}
     new_keys = [new for new, _ in change.moves.values()]
-    for key in (*change.files, *change.shards, *new_keys):
+    for key in (*change.files, *change.pages, *change.shards, *new_keys):
         files[key] = describe(found.files.read(key))
     known: dict[str, Any] = found.record.model_dump()
     known |= {"files": dict(sorted(files.items())), "counts": change.counts}

@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from heliostat.curation.edges import NO_EDGES, Edges, iterate_edges
+from heliostat.curation.ledger import FORGOTTEN
 from heliostat.curation.ledger_facts import hex_to_ids
 from heliostat.curation.ledger_read import Ledger
 from heliostat.curation.pool import LOSSLESS_FORMATS
@@ -17,7 +18,7 @@ from heliostat.storage import Store
 
 # Shapes: N rows of the pool, E edges.
 
-_COLUMNS = ("row", "id", "width", "height", "format", "length", "nsfw", "similarity_to_reference", "stage")
+_COLUMNS = ("row", "id", "width", "height", "format", "length", "nsfw", "similarity_to_reference", "stage", "decision")
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,12 @@ class PoolFacts:
 
 def read_pool_facts(ledger: Ledger) -> PoolFacts:
     """Read what `what_if` needs: about 70 bytes an image stay in memory."""
-    stages = ["", *dict.fromkeys(count.stage for count in ledger.stages)]
+    stages = list(dict.fromkeys(["", *(count.stage for count in ledger.stages), FORGOTTEN]))
     parts = []
     for chunks in ledger.rows(_COLUMNS, pc.field("row").is_valid()):
         table = chunks.combine_chunks()
-        stage = pc.index_in(pc.fill_null(table["stage"], ""), value_set=pa.array(stages))
+        stage = pc.if_else(pc.equal(table["decision"], FORGOTTEN), FORGOTTEN, pc.fill_null(table["stage"], ""))
+        stage = pc.index_in(stage, value_set=pa.array(stages))
         lossless = pc.fill_null(pc.is_in(table["format"], pa.array(sorted(LOSSLESS_FORMATS))), False)
         pixels = pc.multiply(pc.cast(pc.fill_null(table["width"], 0), "int64"), pc.fill_null(table["height"], 0))
         parts.append(

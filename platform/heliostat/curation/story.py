@@ -32,18 +32,24 @@ def explain(ledger: Ledger, id_or_source: str) -> list[str]:
 
     id_or_source: a whole id, its first 8 or more digits, or a source. Raises DataError as `Ledger.find`.
     """
-    return [sentence for row in ledger.find(id_or_source).to_pylist() for sentence in tell(row, ledger.settings)]
+    story = list[str]()
+    for row in ledger.find(id_or_source).to_pylist():
+        twin = ""
+        if row["reason"] == "exact_duplicate":
+            twin = next((other["source"] for other in ledger.find(row["id"]).to_pylist() if other["stage"] != "exact"), "")
+        story += tell(row, ledger.settings, twin=twin)
+    return story
 
 
-def tell(row: Row, settings: Settings) -> list[str]:
-    """Sentences about one row of a ledger. settings: `Ledger.settings`."""
+def tell(row: Row, settings: Settings, *, twin: str = "") -> list[str]:
+    """Sentences about one row of a ledger. settings: `Ledger.settings`. twin: the file of the same bytes that went on."""
     if row["decision"] == FORGOTTEN:
         return [f"Image {_short(row['id'])} was forgotten: somebody asked for it, and nothing but its id is left."]
     story = [_opening(row)]
     story += _evidence(row)
     if row["id"] is not None:
         story += _detectors(row, settings)
-        story += _duplicate(row)
+        story += _duplicate(row, twin)
         story += _copies(row, settings)
         story += _reference(row, settings)
         story += _retrieval(row)
@@ -97,17 +103,19 @@ def _detectors(row: Row, settings: Settings) -> list[str]:
     return story
 
 
-def _duplicate(row: Row) -> list[str]:
+def _duplicate(row: Row, twin: str) -> list[str]:
     if row["duplicate_of"] is None:
         return []
     if row["reason"] == "exact_duplicate":
-        return ["It has the same bytes as another file, which was kept in its place (stage exact)."]
+        return [f"It has the same bytes as {twin or 'another file'}, which went on in its place (stage exact)."]
     apart = "" if row["hash_distance"] is None else f", {row['hash_distance']:.3g} apart"
     return [f"By its hash it is the picture of image {_short(row['duplicate_of'])}{apart}."]
 
 
 def _copies(row: Row, settings: Settings) -> list[str]:
     """What the stage copies found about one row."""
+    if row["reason"] == "exact_duplicate":
+        return []  # the story of its twin
     story = []
     threshold = settings.get("dup_threshold")
     if row["nearest_copy"] is not None and row["similarity"] is not None:

@@ -1,20 +1,27 @@
 """What `heliostat why` and `heliostat what-if` find out about a curation."""
 
+import re
 from collections.abc import Sequence
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from heliostat.artifacts import Artifact, ArtifactRef, ArtifactStore
+from heliostat.crawling.config import UrlFilterConfig
 from heliostat.crawling.reasons import REASONS
 from heliostat.crawling.tables import LINKS_SCHEMA, read_table
+from heliostat.crawling.urls import url_filter
 from heliostat.curation.copies_rows import COPIES_JSON
 from heliostat.curation.dedup import EDGES
+from heliostat.curation.ledger import MIN_ID_PREFIX
 from heliostat.curation.ledger_read import open_ledger
 from heliostat.curation.pool_facts import read_edges_above, read_pool_facts
 from heliostat.curation.story import explain
 from heliostat.curation.what_if import parse_overrides, sweep_lines, what_if
+from heliostat.data.manifest import manifest_from_bytes
 from heliostat.errors import ArtifactNotFoundError, DataError, UsageError
 from heliostat.runtime.ledger_rows import CRAWL
+from heliostat.runtime.stage_ingest import MANIFEST
 
 
 def curations(artifacts: ArtifactStore, name: str) -> list[Artifact]:
@@ -35,10 +42,14 @@ def curations(artifacts: ArtifactStore, name: str) -> list[Artifact]:
 def why(artifacts: ArtifactStore, name: str, image: str) -> list[str]:
     """The story of an image in sentences, in every curation that knows it. Raises DataError when none does."""
     lines, found = list[str](), curations(artifacts, name)
+    image = _as_stored(image)
     for curated in found:
         try:
             story = explain(open_ledger(curated.files), image)
         except DataError as error:
+            if joined := _joined_as_it_is(curated, image):
+                lines += joined
+                continue
             if len(found) == 1:
                 if refused := _refused_links(artifacts, image):
                     return refused
@@ -52,6 +63,28 @@ def why(artifacts: ArtifactStore, name: str, image: str) -> list[str]:
         names = ", ".join(str(one.ref) for one in found)
         raise DataError(f"no image with id or source {image!r} in {names}")
     return lines
+
+
+def _as_stored(image: str) -> str:
+    """An id in lower case, a URL as the crawl spells it, anything else as it is."""
+    if re.fullmatch(r"[0-9a-fA-F]{8,64}", image):
+        return image.lower()
+    return url_filter(UrlFilterConfig()).check(image).url if image.startswith(("http://", "https://")) else image
+
+
+def _joined_as_it_is(curated: Artifact, image: str) -> list[str]:
+    """What the manifest says about an image that came with a curated set and never was in the pool."""
+    if not any(role.startswith("set_") for role in curated.record.inputs):
+        return []
+    manifest = manifest_from_bytes(curated.files.read(MANIFEST))
+    by_id = pc.starts_with(manifest["id"], image) if len(image) >= MIN_ID_PREFIX else pa.scalar(False)
+    hits = manifest.filter(pc.or_(pc.equal(manifest["source"], image), by_id))
+    sets = ", ".join(role.removeprefix("set_") for role in curated.record.inputs if role.startswith("set_"))
+    return [
+        f"{row['source']} is image {row['id'][:12]}: {row['width']} x {row['height']} {row['format']}. It is in the training "
+        f"set, and was never in the pool: it came with a curated set that joins as it is ({sets})."
+        for row in hits.to_pylist()
+    ]
 
 
 def _refused_links(artifacts: ArtifactStore, url: str) -> list[str]:

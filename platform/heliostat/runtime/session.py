@@ -23,8 +23,6 @@ def _set_environment() -> None:
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the progress is ours; Ray Tune's own tables would be printed over it
     os.environ.setdefault("RAY_DATA_USE_DATASOURCE_V2", "0")
-    if os.environ.get("HELIOSTAT_DEBUG") != "1":
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray warns about the arguments of every actor that may restart
     os.environ.setdefault("DS_ACCELERATOR", "cpu" if not os.path.exists("/dev/nvidia0") else "cuda")
 
 
@@ -65,7 +63,7 @@ def open_session(config: ClusterConfig) -> Iterator[None]:
         _check_reachable(address, config.connect_timeout_seconds)
     try:
         _initialise(address, config)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError, OSError) as error:
+    except Exception as error:  # Ray raises bare ones too, when a node does not come up in time
         raise ClusterError(f"Ray at {address} could not be used: {' '.join(str(error).split())[:300]}") from error
     try:
         yield
