@@ -17,13 +17,24 @@ pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(1500)]
 
 SHORT = (
     *(word for word in SMALL if word.partition(".")[0] in ("ingest", "curate", "pretrain")),
+    "ingest.evaluation=''",
     "ingest.labelled=''",
     "ingest.heldout=''",
     "ingest.pictures=''",
+    "embed.copy_embedder=thumbnail",
+    "embed.detectors={}",
     "pretrain.train.steps=12",
     "pretrain.scaling.num_workers=0",
 )
-CHAIN = ["raw/demo@1", "raw/demo-curated@1", "curated/demo@1", "model/demo@1"]
+CHAIN = [
+    "raw/demo@1",
+    "raw/demo-curated@1",
+    "features/demo@1",
+    "features/demo-curated@1",
+    "copies/demo@1",
+    "curated/demo@1",
+    "model/demo@1",
+]
 
 
 def words(verb: str, folder: Path) -> list[str]:
@@ -78,7 +89,7 @@ def copy(source: Store, target: Store, name: str) -> None:
 
 def test_the_chain_in_a_bucket_is_whole_and_a_killed_pretraining_ends_with_the_same_weights(s3_bucket, tmp_path) -> None:
     whole, killed = f"{s3_bucket}/whole", f"{s3_bucket}/killed/deep/prefix"
-    for verb in ("ingest", "curate", "pretrain"):
+    for verb in ("ingest", "embed", "dedup", "curate", "pretrain"):
         finish(verb, whole, tmp_path)
     artifacts = ArtifactStore(open_store(whole))
     assert isinstance(artifacts.store, S3Store)
@@ -89,7 +100,7 @@ def test_the_chain_in_a_bucket_is_whole_and_a_killed_pretraining_ends_with_the_s
     assert (tmp_path / "runs.db").is_file()
     assert not (tmp_path / "heliostat-store").exists()
 
-    for name in CHAIN[:3]:
+    for name in CHAIN[:-1]:
         copy(artifacts.store, open_store(killed), name)
     model = open_store(killed).child("model/demo@1")
     first = "_work/checkpoints/step-00000004/checkpoint.json"
@@ -97,7 +108,7 @@ def test_the_chain_in_a_bucket_is_whole_and_a_killed_pretraining_ends_with_the_s
     assert model.size("artifact.json") is None
     output = finish("pretrain", killed, tmp_path)
     assert "resuming at step " in output
-    again, before = (ArtifactStore(open_store(uri)).load(ArtifactRef.parse(CHAIN[3])).record for uri in (killed, whole))
+    again, before = (ArtifactStore(open_store(uri)).load(ArtifactRef.parse(CHAIN[-1])).record for uri in (killed, whole))
     assert again.fingerprint == before.fingerprint
     assert again.files == before.files
     assert "model/demo@1: reused, made " in finish("pretrain", killed, tmp_path)
