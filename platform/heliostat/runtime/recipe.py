@@ -59,7 +59,7 @@ class CrawlStage(CrawlConfig):
 
     retry: str = ""
     """An earlier crawl as raw/name@version: its URLs whose failure may have passed (timeouts, 5xx, names that did not resolve)
-    are asked for again, and what comes is an artifact of its own."""
+    alone are asked for, and what comes is an artifact of its own; `pages`, `warcs` and `urls` are passed over."""
     images_per_shard: int = Field(default=1024, ge=1)
     """Images in one shard."""
     shard_bytes: int = Field(default=2**28, ge=2**10, lt=2**31)

@@ -35,7 +35,7 @@ def crawl(context: Context, config: CrawlStage) -> Artifact:
     """Make the recipe's raw artifact from the web. Raises UsageError without a contact or without an input."""
     check_contact(config)
     earlier = _earlier(context, config)
-    given = plan_inputs(config) if config.pages or config.warcs or config.urls or earlier is None else []
+    given = plan_inputs(config) if earlier is None else []
     settings = config_of(config, without=("pages", "warcs", "urls", "retry"))
     settings["inputs_digest"] = _digest(given)
 
@@ -85,7 +85,7 @@ def _with_retries(config: CrawlStage, earlier: Artifact, room: Store) -> CrawlSt
                 room.put(f"again/{key.rpartition('/')[2]}", table_to_bytes(again))
     if not num_urls:
         raise DataError(f"{earlier.ref} has no URL whose failure may have passed; there is nothing to try again")
-    return config.model_copy(update={"urls": (*config.urls, f"{room.uri}/again")})
+    return config.model_copy(update={"pages": (), "warcs": (), "urls": (f"{room.uri}/again",)})
 
 
 def _digest(inputs: list[dict[str, Any]]) -> str:
