@@ -5,11 +5,9 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from heliostat.artifacts import Artifact
 from heliostat.crawling.reasons import OK
@@ -139,10 +137,3 @@ def _unreadable_places(pool: Pool, number: int) -> set[tuple[str, int]]:
 
 def _judged(stage: str, reason: pa.ChunkedArray) -> dict[str, Any]:
     return {"stage": pa.array([stage] * len(reason), pa.string()), "reason": reason}
-
-
-def mask_of(num_rows: int, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """(N,) True at the rows."""
-    mask = np.zeros(num_rows, np.bool_)
-    mask[rows] = True
-    return mask
