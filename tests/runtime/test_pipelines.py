@@ -143,7 +143,7 @@ def test_a_missing_input_names_the_verb_that_makes_it(context: Context) -> None:
         "pretrain.loader.workers=7",
         "pretrain.loader.cache_bytes=0",
         "pretrain.train.checkpoint_every_steps=3",
-        "pretrain.train.keep_checkpoints=9",
+        "pretrain.train.keep_last=9",
         "store=/somewhere/else",
         "cluster.address=10.0.0.1:6379",
         "tracking.uri=none",

@@ -26,7 +26,16 @@ from heliostat.training.run import FrozenTeacher, TrainingJob
 from heliostat.training.start import StartingWeights, check_fit, fit_backbone
 
 # What changes speed, safety or place but not the result. Names of other artifacts enter through the inputs' fingerprints.
-NOT_IN_FINGERPRINT = ("data", "scaling", "loader", "phases", "train.checkpoint_every_steps", "train.keep_checkpoints")
+NOT_IN_FINGERPRINT = (
+    "data",
+    "scaling",
+    "loader",
+    "online",
+    "phases",
+    "train.checkpoint_every_steps",
+    "train.keep_last",
+    "train.keep_every",
+)
 _OF_INIT = ("init.weights",)
 _OF_DISTILL = ("teacher", "teacher_head_steps", "students", "compare_with_scratch")
 

@@ -148,7 +148,7 @@ def _worker(parameters: dict[str, Any]) -> dict[str, Any]:
     if job.config.loader.via == "threads":
         open_loader = in_threads
     try:
-        return run_training(job, World(rank, size, device), report, notify, open_loader)
+        return run_training(job, World(rank, size, device), report, notify, open_loader=open_loader)
     except HeliostatError as error:
         if size > 1 and not isinstance(error, UsageError | NonFiniteLossError):
             raise

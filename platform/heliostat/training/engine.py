@@ -52,6 +52,9 @@ class Engine(Protocol):
     def discard(self) -> None:
         """Drop the gradients: nothing of this step remains."""
 
+    def whole_state(self, module: nn.Module) -> dict[str, Tensor]:
+        """A network's state in float32, whole, on the main rank; empty on the others. Every rank calls it."""
+
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """The optimizer's state as named tensors."""
 
@@ -125,6 +128,9 @@ class TorchEngine:
         for parameter in self._parameters():
             parameter.grad = flat[offset : offset + parameter.numel()].view_as(parameter)
             offset += parameter.numel()
+
+    def whole_state(self, module: nn.Module) -> dict[str, Tensor]:
+        return module.state_dict() if self._world.is_main else {}
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         state = self._optimizer.state_dict()["state"]

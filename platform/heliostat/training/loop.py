@@ -35,6 +35,7 @@ from heliostat.training.method import SelfDistillation
 from heliostat.training.recipe import PretrainConfig, TrainingConfig
 from heliostat.training.schedules import StepValues, step_values
 from heliostat.training.step import StepResult, train_step
+from heliostat.training.teacher_files import is_evaluation_point, model_info, write_teacher
 
 AnyMethod = SelfDistillation | Distillation
 
@@ -43,6 +44,17 @@ class Report(Protocol):
     """Receives the metrics of a step; `model` names the network where a run trains several."""
 
     def __call__(self, metrics: Mapping[str, float], step: int, model: str = "") -> None: ...
+
+
+class Evaluate(Protocol):
+    """Looks at the teacher of one evaluation point, elsewhere or later: the caller goes on training at once."""
+
+    def __call__(self, model: str, step: int, files: Store) -> None:
+        """`files` is the folder of `training.teacher_files` that holds the weights; `model` names the network."""
+
+
+def leave_unevaluated(model: str, step: int, files: Store) -> None:
+    """The teacher is kept, and nothing looks at it."""
 
 
 @dataclass
@@ -73,6 +85,9 @@ class Trainer:
     world: World
     report: Report
     notify: Callable[[str], None]
+    outputs: Mapping[str, Store]
+    """Where the model of each network goes, by name."""
+    evaluate: Evaluate
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -90,6 +105,8 @@ def fit(trainer: Trainer) -> list[dict[str, Any]]:
     with closing(trainer.loader.batches(total - first)) as batches:
         for batch in batches:
             one_step(trainer, state, batch)
+            if is_evaluation_point(trainer.config, state.step):
+                _keep_teacher(trainer, state.step)
             if state.step % trainer.config.train.checkpoint_every_steps == 0 and state.step < total:
                 _save(trainer, state)
     if first < total:  # the last checkpoint of a run that only lacks its files holds the end of the history: leave it
@@ -264,8 +281,17 @@ def _save(trainer: Trainer, state: LoopState) -> None:
                 "loader": trainer.loader.state_dict(),
             },
         )
-        write_checkpoint(trainer.files, checkpoint, state.history, keep=trainer.config.train.keep_checkpoints)
+        write_checkpoint(trainer.files, checkpoint, state.history, keep=trainer.config.train.keep_last)
     state.history = []
+
+
+def _keep_teacher(trainer: Trainer, step: int) -> None:
+    """Write the backbones of the moving averages as they are now, and have them evaluated."""
+    for name, network in trainer.method.results.items():
+        state = trainer.engine.whole_state(network.backbone)
+        if trainer.world.is_main:
+            info = model_info(trainer.config, trainer.config.backbones[name], steps=step)
+            trainer.evaluate(name, step, write_teacher(trainer.outputs.get(name, trainer.files), step, info, state))
 
 
 def _is_frozen(method: AnyMethod, name: str) -> bool:

@@ -9,53 +9,11 @@ from heliostat.data.config import CropsConfig, DecodeConfig, LoaderConfig, Shuff
 from heliostat.errors import ConfigError
 from heliostat.models.config import BackboneConfig
 from heliostat.training.config import MethodConfig, OptimConfig
+from heliostat.training.run_config import OnlineConfig, ScalingConfig, TrainConfig
 from heliostat.training.schedules import check_schedules
 
 SamplingWeight = Annotated[float, Field(gt=0)]
 Suffix = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
-
-
-class ScalingConfig(StrictModel):
-    """The worker group of one training run."""
-
-    num_workers: int = Field(default=1, ge=0)
-    """Training processes; 0 runs the loop in the calling process, without Ray."""
-    use_gpu: bool = False
-    """One GPU per worker; without it workers compute on CPUs over gloo."""
-    cpus_per_worker: float = Field(default=1.0, gt=0)
-    """Logical CPUs that Ray reserves per worker."""
-    threads_per_worker: int = Field(default=1, ge=1)
-    """Threads that torch uses in a worker; more of them change float32 sums in the last bit."""
-    max_failures: int = Field(default=2, ge=0)
-    """How often a lost worker group is restarted from its newest checkpoint."""
-    start_timeout_seconds: int = Field(default=120, ge=1)
-    """How long the cluster may take to place the workers, autoscaling included, before the run fails."""
-    collective_timeout_seconds: int = Field(default=600, ge=10)
-    """How long one rank may keep the others waiting before the group is restarted."""
-
-
-class TrainConfig(StrictModel):
-    """How long, how large, how often."""
-
-    steps: int = Field(default=125_000, ge=1)
-    """Optimizer steps; every schedule ends here (DINOv2: 125,000 short, 625,000 long)."""
-    global_batch_size: int = Field(default=1024, ge=1)
-    """Images per optimizer step over all workers; per-worker numbers are derived."""
-    seed: int = Field(default=0, ge=0)
-    """Seed of weights, sample order, crops, masks and stochastic depth."""
-    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto computes in bfloat16 on GPUs and in float32 on CPUs; weights and teacher are float32 always."""
-    log_every_steps: int = Field(default=20, ge=1)
-    """Steps between records of metrics."""
-    checkpoint_every_steps: int = Field(default=1000, ge=1)
-    """Steps between checkpoints: what a lost worker costs at most."""
-    keep_checkpoints: int = Field(default=2, ge=1)
-    """Newest checkpoints that are kept while the run goes on."""
-    nonfinite_policy: Literal["skip", "abort"] = "skip"
-    """What a NaN or infinite loss or gradient does: skip throws the step away before optimizer and teacher are touched,
-    abort ends the run there, with the newest checkpoint to go on from."""
-    max_nonfinite_steps: int = Field(default=10, ge=0)
-    """Steps in a row that skip may throw away; one more aborts the run."""
 
 
 class InitConfig(StrictModel):
@@ -118,6 +76,8 @@ class TrainingConfig(StrictModel):
     """Threads and memory of the loader."""
     train: TrainConfig = TrainConfig()
     """Length, batch, seed, records."""
+    online: OnlineConfig = OnlineConfig()
+    """Evaluation while training; not part of the artifact's fingerprint."""
     scaling: ScalingConfig = ScalingConfig()
     """Workers and their resources; not part of the artifact's fingerprint."""
     phases: tuple[PhaseConfig, ...] = ()

@@ -12,15 +12,16 @@ from heliostat.data.image_source import ImageSource
 from heliostat.data.loading import BatchLoader, Loading
 from heliostat.data.masking import MaskSettings
 from heliostat.models.config import BackboneConfig
-from heliostat.models.stored import ModelInfo, model_files
+from heliostat.models.stored import model_files
 from heliostat.storage import Store
 from heliostat.training.distillation import Distillation
 from heliostat.training.engine import World, build_engine, compute_dtype
-from heliostat.training.loop import AnyMethod, Report, Trainer, fit
+from heliostat.training.loop import AnyMethod, Evaluate, Report, Trainer, fit, leave_unevaluated
 from heliostat.training.method import SelfDistillation
 from heliostat.training.param_groups import build_optimizer
 from heliostat.training.recipe import TrainingConfig
 from heliostat.training.start import StartingWeights, start_network, start_targets
+from heliostat.training.teacher_files import model_info
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,13 @@ def in_threads(loading: Loading, world: World, notify: Callable[[str], None]) ->
 
 
 def build_trainer(
-    job: TrainingJob, world: World, report: Report, notify: Callable[[str], None], open_loader: LoaderFactory = in_threads
+    job: TrainingJob,
+    world: World,
+    report: Report,
+    notify: Callable[[str], None],
+    *,
+    open_loader: LoaderFactory = in_threads,
+    evaluate: Evaluate = leave_unevaluated,
 ) -> Trainer:
     """Wire one rank's trainer together."""
     config = job.config
@@ -85,7 +92,9 @@ def build_trainer(
     dtype = compute_dtype(config.train.compute_dtype, world.device)
     engine = build_engine(method.networks, optimizer, clip_grad=config.optim.clip_grad, world=world, dtype=dtype)
     loader = open_loader(loading_of(job), world, notify)
-    return Trainer(method, optimizer, engine, loader, config, job.files, world, report, notify)
+    return Trainer(
+        method, optimizer, engine, loader, config, job.files, world, report, notify, outputs=job.outputs, evaluate=evaluate
+    )
 
 
 def loading_of(job: TrainingJob) -> Loading:
@@ -108,10 +117,16 @@ def loading_of(job: TrainingJob) -> Loading:
 
 
 def run_training(
-    job: TrainingJob, world: World, report: Report, notify: Callable[[str], None], open_loader: LoaderFactory = in_threads
+    job: TrainingJob,
+    world: World,
+    report: Report,
+    notify: Callable[[str], None],
+    *,
+    open_loader: LoaderFactory = in_threads,
+    evaluate: Evaluate = leave_unevaluated,
 ) -> dict[str, Any]:
     """Train one rank to the end. The main rank writes every model's files; returns a small summary, metrics by network."""
-    trainer = build_trainer(job, world, report, notify, open_loader)
+    trainer = build_trainer(job, world, report, notify, open_loader=open_loader, evaluate=evaluate)
     history = fit(trainer)
     if not world.is_main:
         return {}
@@ -121,24 +136,11 @@ def run_training(
         text = "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows).encode()
         files = job.outputs.get(name, job.files)
         state = {**network.state_dict(), **_targets(trainer.method)}
-        for key, data in model_files(_info(job.config, job.config.backbones[name]), state, text).items():
+        info = model_info(job.config, job.config.backbones[name], steps=job.config.train.steps)
+        for key, data in model_files(info, state, text).items():
             files.put(key, data)
         metrics[name] = {key: value for key, value in rows[-1].items() if key != "step"} if rows else {}
     return {"steps": job.config.train.steps, "metrics": metrics}
-
-
-def _info(config: TrainingConfig, backbone: BackboneConfig) -> ModelInfo:
-    has_own_head = config.method.ibot.separate_head and config.method.ibot.loss_weight > 0
-    return ModelInfo(
-        backbone=backbone,
-        dino_head=config.method.dino.head,
-        ibot_head=config.method.ibot.head if has_own_head else None,
-        mean=config.crops.mean,
-        std=config.crops.std,
-        grayscale=config.crops.grayscale_probability == 1.0,
-        steps=config.train.steps,
-        images_seen=config.train.steps * config.train.global_batch_size,
-    )
 
 
 def _targets(method: AnyMethod) -> dict[str, Tensor]:
