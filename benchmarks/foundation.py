@@ -28,9 +28,9 @@ from heliostat.data.sources import open_source
 from heliostat.runtime.recipe import read_recipe
 from heliostat.storage import LocalStore
 from heliostat.training import loop
-from heliostat.training.engine import World
 from heliostat.training.recipe import PretrainConfig
 from heliostat.training.run import TrainingJob, build_trainer
+from heliostat.training.world import World
 
 REPEATS = 5
 

@@ -13,11 +13,12 @@ from heliostat.data.masking import MaskSettings, batch_masks
 from heliostat.models.config import BackboneConfig
 from heliostat.models.flops import training_flops_per_image
 from heliostat.training.config import MethodConfig, OptimConfig, TeacherConfig
-from heliostat.training.engine import World, build_engine
+from heliostat.training.engine import TorchEngine
 from heliostat.training.method import SelfDistillation
 from heliostat.training.param_groups import build_optimizer
 from heliostat.training.schedules import step_values
 from heliostat.training.step import train_step
+from heliostat.training.world import World
 
 OPTIM = OptimConfig(lr=1e-4, scaling_rule="none", warmup_steps=0, freeze_last_layer_steps=0)
 VALUES = step_values(0, optim=OPTIM, teacher=TeacherConfig(), total_steps=1000, global_batch_size=1024)
@@ -87,7 +88,7 @@ class TrainingStep:
         self.model = model
         self._world = World(device=device)
         self._optimizer = build_optimizer(model.networks, OPTIM)
-        self._engine = build_engine(model.networks, self._optimizer, clip_grad=OPTIM.clip_grad, world=self._world, dtype=dtype)
+        self._engine = TorchEngine(model, self._optimizer, clip_grad=OPTIM.clip_grad, world=self._world, dtype=dtype)
 
     def __call__(self, batch: Batch) -> None:
         """One step; RuntimeError when it was skipped, since that measures nothing."""

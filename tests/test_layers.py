@@ -27,7 +27,7 @@ OWNERS = {
     "ray": ["runtime/"],
     "faiss": ["curation/index.py"],
     "mlflow": ["tracking.py"],
-    "deepspeed": ["training/engine.py"],
+    "deepspeed": ["training/zero_engine.py"],
     "boto3": ["storage/boto.py"],
     "botocore": ["storage/boto.py"],
     "urllib3": ["storage/boto.py"],

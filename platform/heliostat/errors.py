@@ -14,7 +14,8 @@
     ├── DataError                  the images cannot serve the request
     ├── TrainingError
     │   ├── NonFiniteLossError
-    │   └── CheckpointError
+    │   ├── CheckpointError
+    │   └── PreemptedError         stopped with a checkpoint, as asked: exit status 130, the same command goes on
     ├── TrackingError              the experiment tracker cannot be used
     ├── PublishError               an export failed its parity check
     └── ClusterError               Ray cannot be started, joined or used
@@ -89,6 +90,12 @@ class NonFiniteLossError(TrainingError):
 
 class CheckpointError(TrainingError):
     """A checkpoint is torn, foreign or of another configuration."""
+
+
+class PreemptedError(TrainingError):
+    """A run was asked to stop, and did so with a checkpoint of its last step."""
+
+    exit_status = 130
 
 
 class TrackingError(HeliostatError):

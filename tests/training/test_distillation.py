@@ -8,7 +8,7 @@ from heliostat.errors import CheckpointError, ConfigError
 from heliostat.models.config import BackboneConfig
 from heliostat.training.config import DinoConfig, IbotConfig, MethodConfig, OptimConfig, TeacherConfig
 from heliostat.training.distillation import Distillation
-from heliostat.training.engine import build_engine
+from heliostat.training.engine import TorchEngine
 from heliostat.training.method import SelfDistillation
 from heliostat.training.param_groups import build_optimizer
 from heliostat.training.schedules import step_values
@@ -136,7 +136,7 @@ def train_students(students, batches):
     model.load_teacher({f"teacher.{key}": torch.randn_like(value) for key, value in model.teacher.state_dict().items()})
     config = OptimConfig(lr=1e-3, scaling_rule="none", warmup_steps=0, freeze_last_layer_steps=0)
     optimizer = build_optimizer(model.networks, config)
-    engine = build_engine(model.networks, optimizer, clip_grad=0.05)
+    engine = TorchEngine(model, optimizer, clip_grad=0.05)
     shown = []
     for step, batch in enumerate(batches):
         values = step_values(step, optim=config, teacher=TeacherConfig(), total_steps=2, global_batch_size=3)

@@ -12,7 +12,7 @@ from heliostat.models.config import BackboneConfig
 from heliostat.models.names import from_fair_names
 from heliostat.models.weights import load_state, submodule_state
 from heliostat.training.config import DinoConfig, IbotConfig, MethodConfig, OptimConfig, TeacherConfig
-from heliostat.training.engine import build_engine
+from heliostat.training.engine import TorchEngine
 from heliostat.training.method import SelfDistillation, masked_rows
 from heliostat.training.param_groups import build_optimizer, multipliers
 from heliostat.training.schedules import step_values
@@ -118,7 +118,7 @@ def test_four_training_steps_equal_the_reference(name):
     arrays, meta = golden(name)
     model, optim = golden_method(arrays, meta), golden_optim(meta)
     optimizer = build_optimizer(model.networks, optim)
-    engine = build_engine(model.networks, optimizer, clip_grad=optim.clip_grad, keep_gradients=True)
+    engine = TorchEngine(model, optimizer, clip_grad=optim.clip_grad, keep_gradients=True)
     schedule = {"total_steps": meta["total_iterations"], "global_batch_size": meta["batch"]}
     for step in range(meta["steps"]):
         prefix = f"step{step}"

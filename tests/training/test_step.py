@@ -11,11 +11,12 @@ from heliostat.data.batch import Batch
 from heliostat.errors import DataError
 from heliostat.models.config import BackboneConfig
 from heliostat.training.config import DinoConfig, IbotConfig, MethodConfig, OptimConfig, TeacherConfig
-from heliostat.training.engine import World, build_engine
+from heliostat.training.engine import TorchEngine
 from heliostat.training.method import SelfDistillation
 from heliostat.training.param_groups import build_optimizer
 from heliostat.training.schedules import step_values
 from heliostat.training.step import train_step
+from heliostat.training.world import World
 
 TINY = BackboneConfig(arch="vit_small", embed_dim=32, depth=2, num_heads=4, img_size=28, layerscale=0.5)
 OPTIM = OptimConfig(lr=1e-3, scaling_rule="none", warmup_steps=1, freeze_last_layer_steps=1, clip_grad=0.3)
@@ -54,7 +55,7 @@ def rows_of(crops, num_images, rank, size):
 
 def make_engine(model, world, **options):
     optimizer = build_optimizer(model.networks, OPTIM)
-    return optimizer, build_engine(model.networks, optimizer, clip_grad=OPTIM.clip_grad, world=world, **options)
+    return optimizer, TorchEngine(model, optimizer, clip_grad=OPTIM.clip_grad, world=world, **options)
 
 
 def values_of(step):

@@ -7,6 +7,7 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from heliostat.errors import ConfigError, DataError
 from heliostat.models.blocks import AttentionKernel, Block
@@ -48,6 +49,8 @@ class VisionTransformer(nn.Module):
         self.config = config
         self.embed_dim = dim
         self.patch_size = config.patch_size
+        self.checkpoint_blocks = False
+        """Whether a forward pass with gradients keeps only the input of each block, and computes the rest again."""
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.grid_size**2, dim))
         if config.num_register_tokens:
@@ -78,8 +81,9 @@ class VisionTransformer(nn.Module):
     def forward_packed(self, images: Sequence[Tensor], masks: Sequence[Tensor | None]) -> list[Features]:
         """Features of several groups of images of different sizes, computed as one packed sequence."""
         x_SD, groups = self._pack(images, masks)
+        recompute = self.checkpoint_blocks and torch.is_grad_enabled()
         for block in self.blocks:
-            x_SD = block(x_SD, groups)
+            x_SD = checkpoint(block, x_SD, groups, use_reentrant=False) if recompute else block(x_SD, groups)
         return self._features(x_SD, groups)
 
     def get_intermediate_layers(

@@ -26,8 +26,8 @@ from heliostat.runtime.stage_train import NOT_IN_FINGERPRINT
 from heliostat.runtime.sweep_grid import grid_points, trial_configs
 from heliostat.runtime.training_data import training_data
 from heliostat.tracking import Run, Tracker
-from heliostat.training.engine import World
 from heliostat.training.run import TrainingJob, run_training
+from heliostat.training.world import World
 
 TRIALS = "trials.json"
 _TRIAL = "trial.json"

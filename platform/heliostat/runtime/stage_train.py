@@ -35,6 +35,7 @@ NOT_IN_FINGERPRINT = (
     "train.checkpoint_every_steps",
     "train.keep_last",
     "train.keep_every",
+    "train.storage_patience_seconds",
 )
 _OF_INIT = ("init.weights",)
 _OF_DISTILL = ("teacher", "teacher_head_steps", "students", "compare_with_scratch")

@@ -22,8 +22,8 @@ from heliostat.runtime.interrupt import run_interruptible
 from heliostat.runtime.progress import Progress, training_line
 from heliostat.runtime.relay import Relay, Watcher
 from heliostat.tracking import Run, Tracker
-from heliostat.training.engine import World
 from heliostat.training.run import LoaderFactory, TrainingJob, in_threads, run_training
+from heliostat.training.world import World
 
 
 @dataclass(frozen=True)

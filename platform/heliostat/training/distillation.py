@@ -18,6 +18,7 @@ from heliostat.models.weights import load_state, submodule_state
 from heliostat.training.config import MethodConfig
 from heliostat.training.losses import TargetAssignment
 from heliostat.training.method import (
+    MoveAverage,
     Network,
     StudentOutputs,
     TeacherTargets,
@@ -86,14 +87,23 @@ class Distillation(nn.Module):
                 load_state(targets, centre, f"the teacher's {name}")
 
     def forward(self, batch: Batch, teacher_temp: float) -> dict[str, Tensor]:
-        """The losses of a batch; wrappers such as DistributedDataParallel hook into this call."""
+        """The losses of a batch."""
         teacher = self.teacher_targets(batch, teacher_temp)
         return self.losses(self.student_outputs(batch), teacher, batch)
 
+    @property
+    def teachers(self) -> list[Network]:
+        """The frozen teacher."""
+        return [self.teacher]
+
+    def is_frozen(self, name: str) -> bool:
+        """The teacher is: checkpoints leave it out."""
+        return name.startswith("teacher.")
+
     @torch.no_grad()
-    def teacher_targets(self, batch: Batch, teacher_temp: float) -> TeacherTargets:
+    def teacher_targets(self, batch: Batch, teacher_temp: float, images_per_pass: int = 0) -> TeacherTargets:
         """Targets of the cls tokens and of every patch token of the global crops."""
-        cls_RK, patches_MK = network_logits_of_globals(self.teacher, batch, self._rows(batch))
+        cls_RK, patches_MK = network_logits_of_globals(self.teacher, batch, self.loss_rows(batch), images_per_pass)
         cls_RK = self.dino_targets(cls_RK, teacher_temp)
         if self.method.ibot.loss_weight > 0:
             patches_MK = self.ibot_targets(patches_MK, teacher_temp)
@@ -102,7 +112,7 @@ class Distillation(nn.Module):
     def student_outputs(self, batch: Batch) -> dict[str, StudentOutputs]:
         """One packed forward of each student over all crops, none of them masked."""
         # Masks of False instead of None keep mask_token in the graph, so that every parameter has a gradient on every rank.
-        unmasked, rows_M = torch.zeros_like(batch.masks), self._rows(batch)
+        unmasked, rows_M = torch.zeros_like(batch.masks), self.loss_rows(batch)
         return {name: packed_student_outputs(network, batch, unmasked, rows_M) for name, network in self.networks.items()}
 
     def losses(self, student: Mapping[str, StudentOutputs], teacher: TeacherTargets, batch: Batch) -> dict[str, Tensor]:
@@ -135,13 +145,14 @@ class Distillation(nn.Module):
         """What `logged` shows of a student while its outputs are uniform: a run that stays there has collapsed."""
         return uniform_losses(self.method, num_local_crops, masked_crop_ratio=1.0)
 
-    def update_teacher(self, momentum: float) -> None:
+    def update_teacher(self, momentum: float, move: MoveAverage | None = None) -> None:
         """Move the students' averages; the teacher itself is frozen. The centres keep following the teacher's outputs."""
         for average, student in zip(self.averages, self.students, strict=True):
-            move_average(average, student, momentum)
+            (move or move_average)(average, student, momentum)
         self.dino_targets.commit()
         self.ibot_targets.commit()
 
-    def _rows(self, batch: Batch) -> Tensor:
+    def loss_rows(self, batch: Batch) -> Tensor:
+        """Places (M,) of all patches of the global crops; none without a patch loss."""
         num_rows = batch.masks.numel() if self.method.ibot.loss_weight > 0 else 0
         return torch.arange(num_rows, device=batch.masks.device)

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -16,26 +16,27 @@ import torch
 from heliostat.data.batch import Batch
 from heliostat.data.loading import BatchLoader
 from heliostat.data.raw_batch import RawBatch, crops_of
-from heliostat.errors import NonFiniteLossError
-from heliostat.models.weights import load_state
+from heliostat.errors import CheckpointError, NonFiniteLossError, PreemptedError
 from heliostat.storage import Store, storage_statistics
 from heliostat.training.checkpoint import (
     FOLDER,
-    Checkpoint,
+    StoredCheckpoint,
     newest_checkpoint,
+    open_checkpoint,
     read_history,
-    write_checkpoint,
-    write_rejections,
+    refuse_misfit,
 )
+from heliostat.training.checkpoint_writer import CheckpointWriter, Snapshot, abandoned_on_error, take_snapshot
 from heliostat.training.collapse import Sign, collapse_signs
 from heliostat.training.diagnostics import feature_std, kl_to_teacher, prototype_usage, rankme, teacher_entropy
 from heliostat.training.distillation import Distillation
-from heliostat.training.engine import Engine, World, refuse_different_steps
+from heliostat.training.engine import Engine
 from heliostat.training.method import SelfDistillation
 from heliostat.training.recipe import PretrainConfig, TrainingConfig
 from heliostat.training.schedules import StepValues, step_values
 from heliostat.training.step import StepResult, train_step
 from heliostat.training.teacher_files import is_evaluation_point, model_info, write_teacher
+from heliostat.training.world import World
 
 AnyMethod = SelfDistillation | Distillation
 
@@ -88,6 +89,12 @@ class Trainer:
     outputs: Mapping[str, Store]
     """Where the model of each network goes, by name."""
     evaluate: Evaluate
+    should_stop: Callable[[], bool]
+    """Asked after every step on every rank; one that says yes ends the run with a checkpoint."""
+    mark: Callable[[str, int], None]
+    """Told what this rank is doing: `data`, `step` or `save`, and the steps done; for a watchdog."""
+    labels: Mapping[str, str]
+    """Names that checkpoints keep, such as the tracker's run ids."""
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -98,19 +105,32 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 def fit(trainer: Trainer) -> list[dict[str, Any]]:
     """Train from the newest checkpoint to the last step; returns the metric records of the whole run.
 
-    Raises NonFiniteLossError when the loss stays NaN or infinite; what the loader raises goes through.
+    Raises NonFiniteLossError when the loss stays NaN or infinite, PreemptedError after a checkpoint when `should_stop` says so
+    on any rank; what the loader raises goes through.
     """
-    state = _restore(trainer)
-    first, total = state.step, trainer.config.train.steps
-    with closing(trainer.loader.batches(total - first)) as batches:
+    train, writer = trainer.config.train, CheckpointWriter(trainer.files, trainer.world, trainer.config.train, trainer.notify)
+    state = restore(trainer)
+    first, total = state.step, train.steps
+    saved = first
+    with abandoned_on_error(writer), closing(trainer.loader.batches(total - first)) as batches:
+        trainer.mark("data", state.step)
         for batch in batches:
+            trainer.mark("step", state.step)
             one_step(trainer, state, batch)
             if is_evaluation_point(trainer.config, state.step):
                 _keep_teacher(trainer, state.step)
-            if state.step % trainer.config.train.checkpoint_every_steps == 0 and state.step < total:
-                _save(trainer, state)
-    if first < total:  # the last checkpoint of a run that only lacks its files holds the end of the history: leave it
-        _save(trainer, state)
+            ended, well, going = trainer.world.agree([*writer.flags(), not trainer.should_stop()])
+            writer.settle(ended, well)
+            if not going or state.step % train.checkpoint_every_steps == 0 or state.step == total:
+                trainer.mark("save", state.step)
+                writer.begin(_snapshot(trainer, state))
+                saved = state.step
+            if not going and state.step < total:
+                writer.finish(train.storage_patience_seconds)
+                raise PreemptedError(f"stopped at step {saved} of {total} with a checkpoint; the same command goes on there")
+            trainer.mark("data", state.step)
+        trainer.mark("save", state.step)
+        writer.finish(train.storage_patience_seconds)
     return read_history(trainer.files, total) if trainer.world.is_main else []
 
 
@@ -121,7 +141,9 @@ def one_step(trainer: Trainer, state: LoopState, batch: Batch | RawBatch) -> Non
     _freeze_backbones(trainer, state.step)
     seed_step(config.train.seed, state.step, world.rank)
     crops = crops_of(batch, config.crops, world.device)
-    result = train_step(trainer.method, trainer.optimizer, trainer.engine, crops, values)
+    result = train_step(
+        trainer.method, trainer.optimizer, trainer.engine, crops, values, images_per_pass=config.scaling.images_per_pass
+    )
     if result.not_finite:
         _skip(trainer, state, result.not_finite)
     else:
@@ -177,10 +199,15 @@ def _skip(trainer: Trainer, state: LoopState, bad: list[str]) -> None:
 
 
 def _model_numbers(trainer: Trainer, result: StepResult, model: str) -> dict[str, float]:
-    """Losses of one network beside their values at uniform output, gradient norms and signs of collapse, on this rank."""
+    """Losses of one network, as means over the ranks, beside their values at uniform output, and its gradient norms.
+
+    Signs of collapse are those of this rank's images.
+    """
     prefix = f"{model}/" if model else ""
     method, num_local_crops = trainer.method, trainer.config.crops.local_crops_number
-    own = {name.removeprefix(prefix): float(value) for name, value in result.logged.items() if name.startswith(prefix)}
+    names = [name for name in result.logged if name.startswith(prefix)]
+    means = trainer.world.mean([float(result.logged[name]) for name in names])
+    own = {name.removeprefix(prefix): value for name, value in zip(names, means, strict=True)}
     norms = {name.removeprefix(prefix): norm for name, norm in result.gradient_norms.items() if name.startswith(prefix)}
     at_uniform = method.uniform_losses(num_local_crops)
     targets_RK, features_BD = result.teacher.cls_GBK.flatten(0, 1), result.features[model]
@@ -266,23 +293,20 @@ def _timings(trainer: Trainer, state: LoopState) -> dict[str, float]:
     return timings
 
 
-def _save(trainer: Trainer, state: LoopState) -> None:
-    write_rejections(trainer.files, state.step, trainer.world.rank, trainer.loader.take_rejections())
-    refuse_different_steps(state.step, trainer.world)  # and wait: the checkpoint says that all ranks have written theirs
-    if trainer.world.is_main:
-        checkpoint = Checkpoint(
-            state.step,
-            {name: value for name, value in trainer.method.state_dict().items() if not _is_frozen(trainer.method, name)},
-            trainer.engine.optimizer_tensors(),
-            {
-                "skipped_steps": state.skipped_steps,
-                "skipped_in_a_row": state.skipped_in_a_row,
-                "networks": list(trainer.method.networks),
-                "loader": trainer.loader.state_dict(),
-            },
-        )
-        write_checkpoint(trainer.files, checkpoint, state.history, keep=trainer.config.train.keep_last)
-    state.history = []
+def _snapshot(trainer: Trainer, state: LoopState) -> Snapshot:
+    """What this rank has to keep of the run as it is now; takes the records of the steps since the snapshot before."""
+    history, state.history = state.history, []
+    described = {
+        "skipped_steps": state.skipped_steps,
+        "skipped_in_a_row": state.skipped_in_a_row,
+        "networks": list(trainer.method.networks),
+        "loader": trainer.loader.state_dict(),
+        "schedules": asdict(_values(trainer, state.step)) if state.step < trainer.config.train.steps else {},
+        "random": {"seed": trainer.config.train.seed, "rule": "seed_step(seed, step, rank) before every step"},
+        "engine": type(trainer.engine).__name__,
+        **trainer.labels,
+    }
+    return take_snapshot(state.step, trainer.engine.pieces(), history, trainer.loader.take_rejections(), described)
 
 
 def _keep_teacher(trainer: Trainer, step: int) -> None:
@@ -294,34 +318,51 @@ def _keep_teacher(trainer: Trainer, step: int) -> None:
             trainer.evaluate(name, step, write_teacher(trainer.outputs.get(name, trainer.files), step, info, state))
 
 
-def _is_frozen(method: AnyMethod, name: str) -> bool:
-    """Whether a tensor never changes, like those of a distillation's teacher: checkpoints leave it out."""
-    return isinstance(method, Distillation) and name.startswith("teacher.")
+def restore(trainer: Trainer) -> LoopState:
+    """Take over the newest checkpoint that every rank can read; a fresh state without one."""
+    below: int | None = None
+    while True:
+        stored = newest_checkpoint(trainer.files, trainer.notify, below)
+        step = trainer.world.lowest(stored.step if stored else 0)
+        if stored is not None and stored.step > step:  # another rank could not open this one
+            stored = open_checkpoint(trainer.files, step) if step else None
+        if stored is None:
+            return LoopState()
+        below = stored.step
+        if stored.state["networks"] != list(trainer.method.networks):
+            _discard(trainer, stored)
+            return LoopState()
+        refuse_misfit(stored, trainer.engine.shapes())
+        if _take_over(trainer, stored):
+            break
+    state = stored.state
+    trainer.loader.load_state_dict(state["loader"])
+    if trainer.world.is_main:
+        changed = f", written by {stored.world_size} workers" if stored.world_size != trainer.world.size else ""
+        trainer.notify(f"resuming at step {stored.step} of {trainer.config.train.steps}{changed}")
+    return LoopState(stored.step, state["skipped_steps"], state["skipped_in_a_row"])
 
 
-def _discard(trainer: Trainer, checkpoint: Checkpoint) -> None:
+def _take_over(trainer: Trainer, stored: StoredCheckpoint) -> bool:
+    """Read this rank's part, and apply it when all ranks could read theirs."""
+    apply: Callable[[], None] | None = None
+    try:
+        apply = trainer.engine.restore(stored.read, stored.places.keys())
+    except CheckpointError as error:
+        trainer.notify(f"passing over a damaged checkpoint: {error}")
+    if not trainer.world.agree([apply is not None])[0] or apply is None:
+        return False
+    apply()
+    return True
+
+
+def _discard(trainer: Trainer, stored: StoredCheckpoint) -> None:
     """Throw away the checkpoints of a run that trained other students together: each is drawn and stepped by itself anyway."""
     if trainer.world.is_main:
         trainer.notify(
-            f"the checkpoint of step {checkpoint.step} is of students {', '.join(checkpoint.state['networks'])}; "
+            f"the checkpoint of step {stored.step} is of students {', '.join(stored.state['networks'])}; "
             f"starting again with {', '.join(trainer.method.networks)}"
         )
         for entry in list(trainer.files.list(FOLDER)):
             trainer.files.delete(entry.key)
-
-
-def _restore(trainer: Trainer) -> LoopState:
-    checkpoint = newest_checkpoint(trainer.files, trainer.notify)
-    refuse_different_steps(checkpoint.step if checkpoint else 0, trainer.world)
-    if checkpoint is not None and checkpoint.state["networks"] != list(trainer.method.networks):
-        _discard(trainer, checkpoint)
-        checkpoint = None
-    if checkpoint is None:
-        return LoopState()
-    frozen = {name: value for name, value in trainer.method.state_dict().items() if _is_frozen(trainer.method, name)}
-    load_state(trainer.method, {**frozen, **checkpoint.model}, f"checkpoint of step {checkpoint.step}")
-    trainer.engine.load_optimizer_tensors(checkpoint.optimizer)
-    trainer.loader.load_state_dict(checkpoint.state["loader"])
-    if trainer.world.is_main:
-        trainer.notify(f"resuming at step {checkpoint.step} of {trainer.config.train.steps}")
-    return LoopState(checkpoint.step, checkpoint.state["skipped_steps"], checkpoint.state["skipped_in_a_row"])
+    trainer.world.agree([True])  # nobody goes on before they are gone

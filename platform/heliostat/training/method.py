@@ -1,7 +1,7 @@
 """DINOv2's self-distillation: a student learns from a slowly moving average of itself (arXiv 2304.07193, section 4)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -68,6 +68,10 @@ def masked_rows(masks_CN: Tensor) -> Tensor:
     return masks_CN.flatten().nonzero().flatten()
 
 
+MoveAverage = Callable[[nn.Module, nn.Module, float], None]
+"""(average, source, momentum): average = momentum * average + (1 - momentum) * source, wherever their weights lie."""
+
+
 class Method(Protocol):
     """What a training step asks of a method: one or several networks learn from the targets of one teacher.
 
@@ -75,6 +79,15 @@ class Method(Protocol):
     """
 
     method: MethodConfig
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All parameters, as of a module."""
+
+    def state_dict(self, *, keep_vars: bool) -> dict[str, Tensor]:
+        """All tensors, as of a module."""
+
+    def is_frozen(self, name: str) -> bool:
+        """Whether a tensor of the state never changes in a run, like those of a distillation's teacher."""
 
     @property
     def networks(self) -> dict[str, Network]:
@@ -84,8 +97,15 @@ class Method(Protocol):
     def results(self) -> dict[str, Network]:
         """The networks that a run leaves behind: moving averages of the trained ones."""
 
-    def teacher_targets(self, batch: Batch, teacher_temp: float) -> TeacherTargets:
-        """Distributions to learn, without gradient."""
+    @property
+    def teachers(self) -> list[Network]:
+        """The networks that compute targets and are not trained."""
+
+    def teacher_targets(self, batch: Batch, teacher_temp: float, images_per_pass: int = 0) -> TeacherTargets:
+        """Distributions to learn, without gradient, assigned over the whole batch; its images go through in passes (0: one)."""
+
+    def loss_rows(self, batch: Batch) -> Tensor:
+        """Places (M,) among all C*N patches of the global crops of those in the patch loss, rising."""
 
     def student_outputs(self, batch: Batch) -> Any:
         """What the trained networks say about the batch."""
@@ -105,8 +125,8 @@ class Method(Protocol):
     def uniform_losses(self, num_local_crops: int) -> dict[str, float]:
         """What `logged` shows of one network while its outputs are uniform."""
 
-    def update_teacher(self, momentum: float) -> None:
-        """Move averages and centres after the optimizer's step."""
+    def update_teacher(self, momentum: float, move: MoveAverage | None = None) -> None:
+        """Move averages, by the engine's `move`, and centres after the optimizer's step."""
 
 
 class SelfDistillation(nn.Module):
@@ -133,16 +153,23 @@ class SelfDistillation(nn.Module):
         return {"": self.teacher}
 
     def forward(self, batch: Batch, teacher_temp: float) -> dict[str, Tensor]:
-        """The losses of a batch; wrappers such as DistributedDataParallel hook into this call."""
+        """The losses of a batch."""
         teacher = self.teacher_targets(batch, teacher_temp)
-        student = self.student_outputs(batch)
-        return self.losses(student, teacher, batch)
+        return self.losses(self.student_outputs(batch), teacher, batch)
+
+    @property
+    def teachers(self) -> list[Network]:
+        """The teacher."""
+        return [self.teacher]
+
+    def is_frozen(self, name: str) -> bool:
+        """Nothing is: the teacher follows the student."""
+        return False
 
     @torch.no_grad()
-    def teacher_targets(self, batch: Batch, teacher_temp: float) -> TeacherTargets:
+    def teacher_targets(self, batch: Batch, teacher_temp: float, images_per_pass: int = 0) -> TeacherTargets:
         """Targets from unmasked global crops; patches_MK at the places that are masked for the student."""
-        rows_M = masked_rows(self._loss_masks(batch))
-        cls_RK, patches_MK = network_logits_of_globals(self.teacher, batch, rows_M)
+        cls_RK, patches_MK = network_logits_of_globals(self.teacher, batch, self.loss_rows(batch), images_per_pass)
         cls_RK = self.dino_targets(cls_RK, teacher_temp)
         if self.method.ibot.loss_weight > 0:
             patches_MK = self.ibot_targets(patches_MK, teacher_temp)
@@ -150,7 +177,7 @@ class SelfDistillation(nn.Module):
 
     def student_outputs(self, batch: Batch) -> StudentOutputs:
         """One packed forward over masked global crops and unmasked local crops, then the heads."""
-        return packed_student_outputs(self.student, batch, batch.masks, masked_rows(self._loss_masks(batch)))
+        return packed_student_outputs(self.student, batch, batch.masks, self.loss_rows(batch))
 
     def losses(self, student: StudentOutputs, teacher: TeacherTargets, batch: Batch) -> dict[str, Tensor]:
         """Unweighted losses by name; see `compare`."""
@@ -172,20 +199,37 @@ class SelfDistillation(nn.Module):
         """What `logged` shows, averaged over masks, while the student's outputs are uniform; stuck there it has collapsed."""
         return uniform_losses(self.method, num_local_crops, masked_crop_ratio=self.method.ibot.mask_sample_probability)
 
-    def update_teacher(self, momentum: float) -> None:
+    def update_teacher(self, momentum: float, move: MoveAverage | None = None) -> None:
         """Move the teacher towards the student, and the centres towards the batch."""
-        move_average(self.teacher, self.student, momentum)
+        (move or move_average)(self.teacher, self.student, momentum)
         self.dino_targets.commit()
         self.ibot_targets.commit()
 
-    def _loss_masks(self, batch: Batch) -> Tensor:
-        return batch.masks if self.method.ibot.loss_weight > 0 else torch.zeros_like(batch.masks)
+    def loss_rows(self, batch: Batch) -> Tensor:
+        """Places (M,) of the patches that are masked for the student; none without a patch loss."""
+        masks = batch.masks if self.method.ibot.loss_weight > 0 else torch.zeros_like(batch.masks)
+        return masked_rows(masks)
 
 
-def network_logits_of_globals(network: Network, batch: Batch, rows_M: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits of the unmasked global crops: cls tokens (C, K) and the patch tokens at rows_M."""
-    features = network.backbone(batch.global_crops)
-    return network.logits(features.cls_BD, features.patches_BND.flatten(0, 1).index_select(0, rows_M))
+def network_logits_of_globals(
+    network: Network, batch: Batch, rows_M: Tensor, images_per_pass: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Logits of the unmasked global crops: cls tokens (C, K) and the patch tokens at rows_M, which rise.
+
+    2 * images_per_pass crops go through at a time; 0 takes all at once.
+    """
+    num_crops, num_patches = batch.masks.shape
+    per_pass = 2 * images_per_pass or num_crops
+    found = []
+    for first in range(0, num_crops, per_pass):
+        features = network.backbone(batch.global_crops[first : first + per_pass])
+        own_M = rows_M
+        if per_pass < num_crops:
+            own_M = rows_M[(rows_M >= first * num_patches) & (rows_M < (first + per_pass) * num_patches)] - first * num_patches
+        found.append(network.logits(features.cls_BD, features.patches_BND.flatten(0, 1).index_select(0, own_M)))
+    if len(found) == 1:
+        return found[0]
+    return torch.cat([cls for cls, _ in found]), torch.cat([patches for _, patches in found])
 
 
 def packed_student_outputs(network: Network, batch: Batch, masks_CN: Tensor | None, rows_M: Tensor) -> StudentOutputs:

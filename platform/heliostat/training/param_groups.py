@@ -13,12 +13,16 @@ from heliostat.training.schedules import StepValues
 
 
 class Multipliers(NamedTuple):
-    """Factors on the scheduled learning rate and weight decay; prototypes and backbone follow learning rates of their own."""
+    """Factors on the scheduled learning rate and weight decay; prototypes and backbone follow learning rates of their own.
+
+    submodule is the child of the network that the parameter belongs to; gradients are clipped for each by itself.
+    """
 
     lr: float
     weight_decay: float
     is_last_layer: bool
     is_backbone: bool
+    submodule: str
 
 
 def multipliers(name: str, depth: int, optim: OptimConfig) -> Multipliers:
@@ -40,15 +44,15 @@ def multipliers(name: str, depth: int, optim: OptimConfig) -> Multipliers:
     if "patch_embed" in name:
         lr *= optim.patch_embed_lr_mult
     is_decayed = not (name.endswith(".bias") or "norm" in name or "gamma" in name)
-    return Multipliers(lr, float(is_decayed), "last_layer" in name, is_backbone)
+    return Multipliers(lr, float(is_decayed), "last_layer" in name, is_backbone, name.partition(".")[0])
 
 
 def build_param_groups(network: nn.Module, depth: int, optim: OptimConfig) -> list[dict[str, Any]]:
     """Groups for AdamW, one per distinct set of multipliers, in order of first appearance.
 
     network has the children backbone, dino_head and perhaps ibot_head; depth is its number of blocks. Each group holds params,
-    names, lr_multiplier, weight_decay_multiplier, is_last_layer and is_backbone; its lr and weight_decay are 0 until
-    `apply_step_values`.
+    names, lr_multiplier, weight_decay_multiplier, is_last_layer, is_backbone and submodule; its lr and weight_decay are 0
+    until `apply_step_values`.
     """
     groups: dict[Multipliers, dict[str, Any]] = {}
     for name, parameter in network.named_parameters():
@@ -64,6 +68,7 @@ def build_param_groups(network: nn.Module, depth: int, optim: OptimConfig) -> li
                 "weight_decay_multiplier": factors.weight_decay,
                 "is_last_layer": factors.is_last_layer,
                 "is_backbone": factors.is_backbone,
+                "submodule": factors.submodule,
                 "lr": 0.0,
                 "weight_decay": 0.0,
             },
@@ -78,9 +83,10 @@ def build_optimizer(networks: Mapping[str, Network], optim: OptimConfig) -> torc
 
     Fused: one pass over weights, gradients and moments (measured: docs/log.md).
     """
-    groups = [
-        group for network in networks.values() for group in build_param_groups(network, network.backbone.config.depth, optim)
-    ]
+    groups = []
+    for name, network in networks.items():
+        for group in build_param_groups(network, network.backbone.config.depth, optim):
+            groups.append(group | {"submodule": f"{name}/{group['submodule']}" if name else group["submodule"]})
     return torch.optim.AdamW(groups, lr=0.0, betas=(optim.adamw_beta1, optim.adamw_beta2), fused=True)
 
 

@@ -15,13 +15,15 @@ from heliostat.models.config import BackboneConfig
 from heliostat.models.stored import model_files
 from heliostat.storage import Store
 from heliostat.training.distillation import Distillation
-from heliostat.training.engine import World, build_engine, compute_dtype
+from heliostat.training.engine import Engine, TorchEngine
 from heliostat.training.loop import AnyMethod, Evaluate, Report, Trainer, fit, leave_unevaluated
 from heliostat.training.method import SelfDistillation
 from heliostat.training.param_groups import build_optimizer
 from heliostat.training.recipe import TrainingConfig
 from heliostat.training.start import StartingWeights, start_network, start_targets
+from heliostat.training.student_pass import passes_of
 from heliostat.training.teacher_files import model_info
+from heliostat.training.world import World, compute_dtype
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class TrainingJob:
     teacher: FrozenTeacher | None = None
     start: Mapping[str, StartingWeights] = field(default_factory=dict)
     outputs: Mapping[str, Store] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """What checkpoints keep besides, such as the tracker's run ids."""
 
 
 def build_method(
@@ -67,6 +71,19 @@ def build_method(
     return method
 
 
+@dataclass(frozen=True)
+class Watch:
+    """What looks at a run from outside, and may ask it to stop."""
+
+    evaluate: Evaluate = leave_unevaluated
+    should_stop: Callable[[], bool] = lambda: False
+    mark: Callable[[str, int], None] = lambda doing, step: None
+
+    def hooks(self) -> dict[str, Any]:
+        """As the trainer's fields."""
+        return {"evaluate": self.evaluate, "should_stop": self.should_stop, "mark": self.mark}
+
+
 LoaderFactory = Callable[[Loading, World, Callable[[str], None]], BatchLoader]
 
 
@@ -82,19 +99,50 @@ def build_trainer(
     notify: Callable[[str], None],
     *,
     open_loader: LoaderFactory = in_threads,
-    evaluate: Evaluate = leave_unevaluated,
+    watch: Watch | None = None,
 ) -> Trainer:
     """Wire one rank's trainer together."""
     config = job.config
     torch.set_num_threads(config.scaling.threads_per_worker)
-    method = build_method(config, job.teacher, job.start).to(world.device)
-    optimizer = build_optimizer(method.networks, config.optim)
-    dtype = compute_dtype(config.train.compute_dtype, world.device)
-    engine = build_engine(method.networks, optimizer, clip_grad=config.optim.clip_grad, world=world, dtype=dtype)
+    method = build_method(config, job.teacher, job.start)
+    engine, optimizer = build_engine(config, method, world)
     loader = open_loader(loading_of(job), world, notify)
     return Trainer(
-        method, optimizer, engine, loader, config, job.files, world, report, notify, outputs=job.outputs, evaluate=evaluate
+        method,
+        optimizer,
+        engine,
+        loader,
+        config,
+        job.files,
+        world,
+        report,
+        notify,
+        outputs=job.outputs,
+        labels=job.labels,
+        **(watch or Watch()).hooks(),
     )
+
+
+def build_engine(config: TrainingConfig, method: AnyMethod, world: World) -> tuple[Engine, torch.optim.Optimizer]:
+    """The engine that `scaling.parallel` names ("auto" must have been resolved) and the optimizer, for a method on the CPU."""
+    scaling, dtype = config.scaling, compute_dtype(config.train.compute_dtype, world.device)
+    for network in method.networks.values():
+        network.backbone.checkpoint_blocks = scaling.activation_checkpointing
+    stage = {"zero1": 1, "zero2": 2, "zero3": 3}.get(scaling.parallel)
+    if stage is None:
+        optimizer = build_optimizer(method.to(world.device).networks, config.optim)
+        return TorchEngine(method, optimizer, clip_grad=config.optim.clip_grad, world=world, dtype=dtype), optimizer
+    from heliostat.training.zero_engine import ZeroEngine  # costs 3 s, which other runs need not pay
+
+    if stage < 3:
+        method.to(world.device)
+    optimizer = build_optimizer(method.networks, config.optim)
+    size = config.train.global_batch_size // world.size
+    size //= passes_of(size, scaling.images_per_pass)
+    engine = ZeroEngine(
+        method, optimizer, stage=stage, clip_grad=config.optim.clip_grad, world=world, dtype=dtype, images_per_pass=size
+    )
+    return engine, optimizer
 
 
 def loading_of(job: TrainingJob) -> Loading:
@@ -123,26 +171,26 @@ def run_training(
     notify: Callable[[str], None],
     *,
     open_loader: LoaderFactory = in_threads,
-    evaluate: Evaluate = leave_unevaluated,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Train one rank to the end. The main rank writes every model's files; returns a small summary, metrics by network."""
-    trainer = build_trainer(job, world, report, notify, open_loader=open_loader, evaluate=evaluate)
+    trainer = build_trainer(job, world, report, notify, open_loader=open_loader, watch=watch)
     history = fit(trainer)
-    if not world.is_main:
-        return {}
     metrics: dict[str, dict[str, float]] = {}
     for name, network in trainer.method.results.items():
+        state = {**trainer.engine.whole_state(network), **_targets(trainer.method)}
+        if not world.is_main:
+            continue
         rows = [{key: value for key, value in row.items() if key != "model"} for row in history if row.get("model", "") == name]
         text = "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows).encode()
         files = job.outputs.get(name, job.files)
-        state = {**network.state_dict(), **_targets(trainer.method)}
         info = model_info(job.config, job.config.backbones[name], steps=job.config.train.steps)
         for key, data in model_files(info, state, text).items():
             files.put(key, data)
         metrics[name] = {key: value for key, value in rows[-1].items() if key != "step"} if rows else {}
-    return {"steps": job.config.train.steps, "metrics": metrics}
+    return {"steps": job.config.train.steps, "metrics": metrics} if world.is_main else {}
 
 
 def _targets(method: AnyMethod) -> dict[str, Tensor]:
-    """The centres of the targets."""
-    return {key: value for key, value in method.state_dict().items() if key.partition(".")[0].endswith("_targets")}
+    """The centres of the targets, which every engine keeps whole on every rank."""
+    return {key: value for key, value in method.named_buffers() if key.endswith("_targets.center")}

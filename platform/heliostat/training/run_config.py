@@ -59,6 +59,9 @@ class TrainConfig(StrictModel):
     """Newest checkpoints that are kept while the run goes on."""
     keep_every: int = Field(default=0, ge=0)
     """Checkpoints of steps divisible by this are kept until the run ends too; 0 keeps none of them."""
+    storage_patience_seconds: int = Field(default=1800, ge=0)
+    """How long the end of a run waits for a store that takes no checkpoint: a full disk, an object store that is away. Between
+    two checkpoints training goes on without one."""
     nonfinite_policy: Literal["skip", "abort"] = "skip"
     """What a NaN or infinite loss or gradient does: skip throws the step away before optimizer and teacher are touched,
     abort ends the run there, with the newest checkpoint to go on from."""
