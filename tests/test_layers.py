@@ -36,7 +36,7 @@ OWNERS = {
     "httpx": ["crawling/fetch.py"],
     "aiohttp": ["crawling/fetch.py"],
     "urllib.request": ["crawling/fetch.py"],
-    "http.client": ["crawling/fetch.py"],
+    "http.client": ["crawling/fetch.py", "runtime/spot_notice.py"],
     "yarl": ["crawling/fetch.py"],
     "lxml": ["crawling/links.py"],
     "protego": ["crawling/robots.py"],

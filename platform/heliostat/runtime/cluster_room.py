@@ -18,7 +18,7 @@ def check_room(resources: Mapping[str, float], job: TrainingJob) -> None:
     if os.environ.get("RAY_ADDRESS"):
         return
     config, total = job.config, ray.cluster_resources()
-    num_workers, loader = config.scaling.num_workers, config.loader
+    num_workers, loader = config.scaling.worker_range[0], config.loader
     needed, who, fewer = dict(resources), f"{num_workers} workers", "lower scaling.num_workers"
     if loader.via == "ray_data":
         for name, amount in {"CPU": float(loader.cpus_of_data_worker), **loader.ray_resources}.items():

@@ -1,8 +1,9 @@
 """A small actor through which workers tell the driver how far they are, and Prometheus what they measure."""
 
 import threading
+import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 
@@ -33,12 +34,23 @@ class Gauges:
         return self._gauges[metric.name]
 
 
+class Beat(NamedTuple):
+    """What a rank was doing when it was last heard of."""
+
+    doing: str
+    step: int
+    at: float
+
+
 class _Relay:
     """Keeps events until the driver fetches them, and sets the gauges."""
 
     def __init__(self) -> None:
         self._events: list[tuple[str, dict[str, float], int]] = []
         self._gauges = Gauges()
+        self._is_stopping = False
+        self._beats: dict[int, Beat] = {}
+        self._leaving_at = 0.0
 
     def push(self, artifact: str, metrics: dict[str, float], step: int) -> None:
         self._events.append((artifact, metrics, step))
@@ -46,6 +58,23 @@ class _Relay:
 
     def note(self, artifact: str, text: str) -> None:
         self._events.append((text, {}, -1))
+
+    def ask_to_stop(self) -> None:
+        self._is_stopping = True
+
+    def beat(self, rank: int, doing: str, step: int) -> bool:
+        self._beats[rank] = Beat(doing, step, time.monotonic())
+        return self._is_stopping
+
+    def leaving(self, seconds: float) -> None:
+        self._leaving_at = max(self._leaving_at, time.monotonic() + seconds)
+
+    def leaving_in(self) -> float:
+        return max(0.0, self._leaving_at - time.monotonic())
+
+    def beats(self) -> dict[int, tuple[str, int, float]]:
+        now = time.monotonic()
+        return {rank: (beat.doing, beat.step, now - beat.at) for rank, beat in self._beats.items()}
 
     def drain(self) -> list[tuple[str, dict[str, float], int]]:
         events, self._events = self._events, []
@@ -70,6 +99,27 @@ class Relay:
         """Fetch what came since the last call: (artifact, metrics, step), or (text, {}, -1)."""
         events: list[tuple[str, dict[str, float], int]] = ray.get(self._actor.drain.remote())
         return events
+
+    def ask_to_stop(self) -> None:
+        """Have every rank stop with a checkpoint, within seconds."""
+        ray.get(self._actor.ask_to_stop.remote())
+
+    def beat(self, rank: int, doing: str, step: int, timeout_seconds: float) -> bool:
+        """Tell what a rank is doing; returns whether it should stop. Raises what Ray raises when the driver is gone."""
+        return bool(ray.get(self._actor.beat.remote(rank, doing, step), timeout=timeout_seconds))
+
+    def beats(self, timeout_seconds: float) -> dict[int, tuple[str, int, float]]:
+        """Of every rank: what it was doing, the steps done, and the seconds since it was heard of."""
+        beats: dict[int, tuple[str, int, float]] = ray.get(self._actor.beats.remote(), timeout=timeout_seconds)
+        return beats
+
+    def leaving(self, seconds: float) -> None:
+        """Tell that a machine of the group goes in so many seconds."""
+        self._actor.leaving.remote(seconds)
+
+    def leaving_in(self) -> float:
+        """Seconds until the last machine that told so is gone; 0 when none is going."""
+        return float(ray.get(self._actor.leaving_in.remote()))
 
     def close(self) -> None:
         """Stop the actor."""

@@ -174,7 +174,8 @@ def _train(
             context.progress.say(f"          {line}")
         stores = {name: draft.files for name, (draft, _) in opened.items()}
         weights = {name: one for name, one in start().items() if name in opened}
-        job = TrainingJob(own, sources, next(iter(stores.values())), _frozen(teacher), weights, stores)
+        run_ids = {f"tracker_run{f'.{name}' if name else ''}": run.id for name, (_, run) in opened.items()}
+        job = TrainingJob(own, sources, next(iter(stores.values())), _frozen(teacher), weights, stores, labels=run_ids)
         artifacts = {name: str(draft.ref) for name, (draft, _) in opened.items()}
         runs = {name: run for name, (_, run) in opened.items()}
         request = TrainingRequest(artifacts, job, context.tracker, {name: run.id for name, run in runs.items()})

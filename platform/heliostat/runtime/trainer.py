@@ -7,6 +7,7 @@ group; the loop then finds the newest checkpoint by itself.
 import os
 import re
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,13 +17,17 @@ import ray
 import torch
 
 from heliostat.data.loading import BatchLoader, Loading
-from heliostat.errors import HeliostatError, NonFiniteLossError, TrainingError, UsageError
+from heliostat.errors import HeliostatError, NonFiniteLossError, PreemptedError, TrainingError, UsageError
 from heliostat.runtime.cluster_room import check_room
-from heliostat.runtime.interrupt import run_interruptible
+from heliostat.runtime.elastic import usable_world
+from heliostat.runtime.interrupt import StopFlag, run_interruptible
 from heliostat.runtime.progress import Progress, training_line
 from heliostat.runtime.relay import Relay, Watcher
+from heliostat.runtime.spot_notice import SpotNotice
+from heliostat.runtime.worker_watch import WorkerWatch
 from heliostat.tracking import Run, Tracker
-from heliostat.training.run import LoaderFactory, TrainingJob, in_threads, run_training
+from heliostat.training.loop import Ask
+from heliostat.training.run import LoaderFactory, TrainingJob, Watch, in_threads, run_training
 from heliostat.training.world import World
 
 
@@ -41,33 +46,53 @@ class TrainingRequest:
 
 
 def train(request: TrainingRequest, runs: Mapping[str, Run], progress: Progress) -> dict[str, Any]:
-    """Run a training job to its end, in this process (`num_workers=0`) or on Ray Train. Returns the main rank's summary."""
-    total = request.job.config.train.steps
+    """Run a training job to its end, in this process (`num_workers=0`) or on Ray Train. Returns the main rank's summary.
 
-    def line(model: str, metrics: Mapping[str, float], step: int) -> str:
-        return (f"{model}: " if model else "") + training_line(metrics, step, total)
-
+    A first SIGINT or SIGTERM makes it write a checkpoint and raise PreemptedError, a second one interrupts at once.
+    """
     if request.job.config.scaling.num_workers == 0:
-
-        def report(metrics: Mapping[str, float], step: int, model: str = "") -> None:
-            runs[model].log_metrics(metrics, step)
-            progress.update(line(model, metrics, step))
-
-        return run_training(request.job, World(), report, progress.say)
-
+        return _train_here(request, runs, progress)
+    total = request.job.config.train.steps
     names = {artifact: name for name, artifact in request.artifacts.items()}
 
     def show(source: str, metrics: dict[str, float], step: int) -> None:
         if step < 0:
             progress.say(f"  {source}")
         else:
-            progress.update(line(names[source], metrics, step), final=step == total)
+            progress.update(_line(names[source], metrics, step, total), final=step == total)
 
     with Watcher(Relay(), show) as relay:
-        return _fit(request, relay)
+        while True:
+            summary = _fit(request, relay, progress)
+            if "stopped" not in summary:
+                return summary
+            wait_seconds = relay.leaving_in()
+            if not wait_seconds:
+                raise PreemptedError(summary["stopped"])
+            progress.say(f"  {summary['stopped']}; the workers start again in {wait_seconds:.0f} s, when the machine is gone")
+            time.sleep(wait_seconds)
 
 
-def _fit(request: TrainingRequest, relay: Relay) -> dict[str, Any]:
+def _line(model: str, metrics: Mapping[str, float], step: int, total: int) -> str:
+    return (f"{model}: " if model else "") + training_line(metrics, step, total)
+
+
+def _train_here(request: TrainingRequest, runs: Mapping[str, Run], progress: Progress) -> dict[str, Any]:
+    total = request.job.config.train.steps
+
+    def report(metrics: Mapping[str, float], step: int, model: str = "") -> None:
+        runs[model].log_metrics(metrics, step)
+        progress.update(_line(model, metrics, step, total))
+
+    with StopFlag(lambda: progress.say(f"  {_STOPPING}")) as flag:
+        watch = Watch(asked=lambda: Ask.STOP if flag.is_set() else Ask.GO_ON)
+        return run_training(request.job, World(), report, progress.say, watch=watch)
+
+
+_STOPPING = "stopping after this step with a checkpoint; once more to stop at once"
+
+
+def _fit(request: TrainingRequest, relay: Relay, progress: Progress) -> dict[str, Any]:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -75,16 +100,18 @@ def _fit(request: TrainingRequest, relay: Relay) -> dict[str, Any]:
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(scaling.start_timeout_seconds)
     resources = {"CPU": scaling.cpus_per_worker} | ({"GPU": 1.0} if scaling.use_gpu else {})
     check_room(resources, request.job)
+    low, high = scaling.worker_range
     slim = replace(request, job=replace(request.job, sources=()))  # the tables of images are put once, for data workers as well
     with tempfile.TemporaryDirectory(prefix="heliostat-train-", ignore_cleanup_errors=True) as folder:
         trainer = TorchTrainer(
             _worker,
             train_loop_config={"request": ray.put(slim), "sources": ray.put(request.job.sources), "relay": relay},
             torch_config=TorchConfig(
-                backend="nccl" if scaling.use_gpu else "gloo", timeout_s=scaling.collective_timeout_seconds
+                backend="nccl" if scaling.use_gpu else "gloo",
+                timeout_s=scaling.collective_timeout_seconds + _WATCHDOG_SECONDS,
             ),
             scaling_config=ScalingConfig(
-                num_workers=scaling.num_workers, use_gpu=scaling.use_gpu, resources_per_worker=resources
+                num_workers=low if low == high else (low, high), use_gpu=scaling.use_gpu, resources_per_worker=resources
             ),
             run_config=RunConfig(
                 name="run",
@@ -93,14 +120,22 @@ def _fit(request: TrainingRequest, relay: Relay) -> dict[str, Any]:
                 checkpoint_config=CheckpointConfig(num_to_keep=1),
             ),
         )
+
+        def ask_to_stop() -> None:
+            progress.say(f"  {_STOPPING}")
+            relay.ask_to_stop()
+
         try:
-            result = run_interruptible(trainer.fit)
+            result = run_interruptible(trainer.fit, ask_to_stop, scaling.stop_grace_seconds)
         except ray.train.TrainingFailedError as error:
             raise _readable(error) from error
     summary: dict[str, Any] = result.return_value or {}
     if "error" in summary:
         raise TrainingError(summary["error"])
     return summary
+
+
+_WATCHDOG_SECONDS = 60  # later than our own watchdog, which names the rank that the others wait for
 
 
 def _readable(error: BaseException) -> HeliostatError:
@@ -127,13 +162,16 @@ def _worker(parameters: dict[str, Any]) -> dict[str, Any]:
     context = ray.train.get_context()
     request: TrainingRequest = ray.get(parameters["request"])
     relay: Relay = parameters["relay"]
-    rank, size = context.get_world_rank(), context.get_world_size()
-    if request.job.config.scaling.use_gpu:
+    scaling, rank = request.job.config.scaling, context.get_world_rank()
+    device = torch.device("cpu")
+    if scaling.use_gpu:
         from ray.train.torch import get_device
 
         device = get_device()
-    else:
-        device = torch.device("cpu")
+    world = usable_world(World(rank, context.get_world_size(), device), request.job.config)
+    if world is None:
+        relay.note(request.label(), f"worker {rank} is left over: the batch cannot be divided by {context.get_world_size()}")
+        return {}
     runs = {name: request.tracker.attach(run_id) for name, run_id in request.run_ids.items()}
 
     def report(metrics: Mapping[str, float], step: int, model: str = "") -> None:
@@ -147,12 +185,21 @@ def _worker(parameters: dict[str, Any]) -> dict[str, Any]:
     open_loader: LoaderFactory = partial(_from_data_workers, job=job, sources=parameters["sources"])
     if job.config.loader.via == "threads":
         open_loader = in_threads
+    spot = SpotNotice(scaling.spot_notice_url) if scaling.spot_notice_url and context.get_local_rank() == 0 else None
+    watching = WorkerWatch(
+        relay, request.label(), world.rank, stall_seconds=scaling.collective_timeout_seconds, spot=spot
+    ).start()
+    watch = Watch(asked=watching.asked, mark=watching.mark)
     try:
-        return run_training(job, World(rank, size, device), report, notify, open_loader=open_loader)
+        return run_training(job, world, report, notify, open_loader=open_loader, watch=watch)
+    except PreemptedError as stop:
+        return {"stopped": str(stop)}
     except HeliostatError as error:
-        if size > 1 and not isinstance(error, UsageError | NonFiniteLossError):
+        if world.size > 1 and not isinstance(error, UsageError | NonFiniteLossError):
             raise
         return {"error": str(error)}
+    finally:
+        watching.stop()
 
 
 def _from_data_workers(

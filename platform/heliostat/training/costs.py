@@ -28,6 +28,13 @@ def num_images(config: TrainingConfig) -> int:
     return config.train.steps * config.train.global_batch_size
 
 
+def passes_of(num_images: int, images_per_pass: int) -> int:
+    """The fewest passes of equal size that none has more than images_per_pass images (0: no limit)."""
+    if images_per_pass == 0 or images_per_pass >= num_images:
+        return 1
+    return next(count for count in range(-(-num_images // images_per_pass), num_images + 1) if num_images % count == 0)
+
+
 def masked_ratio(config: TrainingConfig, *, distills: bool) -> float:
     """Share of all patch tokens of the global crops that are in the iBOT loss: an expectation, or all in distillation."""
     ibot = config.method.ibot

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from enum import Enum
 from typing import Any, Protocol
 
 import torch
@@ -58,6 +59,16 @@ def leave_unevaluated(model: str, step: int, files: Store) -> None:
     """The teacher is kept, and nothing looks at it."""
 
 
+class Ask(Enum):
+    """What somebody outside may ask of a run between two steps."""
+
+    GO_ON = "go on"
+    SAVE = "save"
+    """Write a checkpoint now and go on."""
+    STOP = "stop"
+    """Write a checkpoint and end."""
+
+
 @dataclass
 class LoopState:
     """What changes while the loop runs."""
@@ -89,8 +100,8 @@ class Trainer:
     outputs: Mapping[str, Store]
     """Where the model of each network goes, by name."""
     evaluate: Evaluate
-    should_stop: Callable[[], bool]
-    """Asked after every step on every rank; one that says yes ends the run with a checkpoint."""
+    asked: Callable[[], Ask]
+    """What is asked of the run, after every step on every rank; what one rank is asked counts for all."""
     mark: Callable[[str, int], None]
     """Told what this rank is doing: `data`, `step` or `save`, and the steps done; for a watchdog."""
     labels: Mapping[str, str]
@@ -105,8 +116,8 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 def fit(trainer: Trainer) -> list[dict[str, Any]]:
     """Train from the newest checkpoint to the last step; returns the metric records of the whole run.
 
-    Raises NonFiniteLossError when the loss stays NaN or infinite, PreemptedError after a checkpoint when `should_stop` says so
-    on any rank; what the loader raises goes through.
+    Raises NonFiniteLossError when the loss stays NaN or infinite, PreemptedError after a checkpoint when any rank is asked to
+    stop; what the loader raises goes through.
     """
     train, writer = trainer.config.train, CheckpointWriter(trainer.files, trainer.world, trainer.config.train, trainer.notify)
     state = restore(trainer)
@@ -119,9 +130,11 @@ def fit(trainer: Trainer) -> list[dict[str, Any]]:
             one_step(trainer, state, batch)
             if is_evaluation_point(trainer.config, state.step):
                 _keep_teacher(trainer, state.step)
-            ended, well, going = trainer.world.agree([*writer.flags(), not trainer.should_stop()])
+            ask = trainer.asked()
+            flags = [*writer.flags(), ask is not Ask.STOP, ask is Ask.GO_ON]
+            ended, well, going, quiet = trainer.world.agree(flags)
             writer.settle(ended, well)
-            if not going or state.step % train.checkpoint_every_steps == 0 or state.step == total:
+            if not quiet or state.step % train.checkpoint_every_steps == 0 or state.step == total:
                 trainer.mark("save", state.step)
                 writer.begin(_snapshot(trainer, state))
                 saved = state.step

@@ -4,11 +4,12 @@ What autograd keeps was counted in models/blocks.py, models/heads.py and trainin
 the width of a token; tests/training/test_memory.py measures real steps and fails when the code keeps something else.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from heliostat.models.config import BackboneConfig
 from heliostat.training.config import MethodConfig
-from heliostat.training.costs import heads, masked_ratio, num_parameters
+from heliostat.training.costs import heads, masked_ratio, num_parameters, passes_of
 from heliostat.training.recipe import TrainingConfig
 
 GIB = 2.0**30
@@ -58,23 +59,62 @@ class _Rows:
     patches: int
 
 
-def training_memory(config: TrainingConfig, teacher: BackboneConfig | None, images_per_worker: int) -> Memory:
-    """Memory of one worker. `teacher` is the frozen teacher of a distillation, None in pre-training.
+def training_memory(
+    config: TrainingConfig,
+    teacher: BackboneConfig | None,
+    images_per_worker: int,
+    *,
+    parallel: str = "none",
+    num_workers: int = 1,
+) -> Memory:
+    """Memory of one worker of `num_workers`. `teacher` is the frozen teacher of a distillation, None in pre-training.
 
-    Weights, gradients, moments and averages are whole on every worker, as `TorchEngine` keeps them.
+    parallel: what is whole on every worker and what is a share of it, see `ScalingConfig.parallel` (not "auto").
     """
-    state, held = _state_bytes(config, teacher), held_for_backward(config, teacher, images_per_worker)
+    in_a_pass = images_per_worker // passes_of(images_per_worker, config.scaling.images_per_pass)
+    state = _shared_out(_state_bytes(config, teacher), parallel, num_workers)
+    held = held_for_backward(config, teacher, in_a_pass)
+    held["targets"] = held_for_backward(config, teacher, images_per_worker)["targets"]  # of all passes, before the first
     after_losses = {name: size for name, size in held.items() if name != "heads"}
     moments = [
         {"teacher's logits and targets": _target_making(config, teacher, images_per_worker)},
-        held | {"gradients of logits": _loss_gradients(config, teacher, images_per_worker)},
-        after_losses | {"gradients inside a block": _block_gradients(config, teacher, images_per_worker)},
-        {"optimizer temporaries": state["weights"]},  # gradients in one flat buffer; one rank alone needs none
+        held | {"gradients of logits": _loss_gradients(config, teacher, in_a_pass)},
+        after_losses | {"gradients inside a block": _block_gradients(config, teacher, in_a_pass)},
+        {"optimizer temporaries": state["weights"]},  # gradients in flat buffers; one rank alone needs none
     ]
     fullest = max(moments, key=lambda moment: sum(moment.values()))
     step = {**fullest, "crops in float32": 3.0 * _FLOAT32 * images_per_worker * _pixels_per_image(config)}
+    if parallel == "zero3":
+        step["blocks that are fetched"] = _fetched_blocks(config, teacher)
     used = sum(state.values()) + sum(step.values())
     return Memory(state, step, _CONTEXT_BYTES + _ALLOCATOR_SLACK * used if config.scaling.use_gpu else 0.0)
+
+
+# What each stage leaves whole on every worker; the rest is shared out. Stages 1 and 2 keep a second copy of their share of the
+# weights for the optimizer, stage 3 has no other.
+_WHOLE = {
+    "zero1": {"weights", "gradients", "moving average", "frozen teacher"},
+    "zero2": {"weights", "moving average", "frozen teacher"},
+    "zero3": set[str](),
+}
+
+
+def _shared_out(state: Mapping[str, float], parallel: str, num_workers: int) -> dict[str, float]:
+    if parallel not in _WHOLE:
+        return dict(state)
+    shared = {name: size if name in _WHOLE[parallel] else size / num_workers for name, size in state.items()}
+    if parallel != "zero3":
+        shared["optimizer's weights"] = state["weights"] / num_workers
+    return shared
+
+
+def _fetched_blocks(config: TrainingConfig, teacher: BackboneConfig | None) -> float:
+    """Weights that are whole for a while: four blocks of the largest network, and the largest head, see `zero_engine`."""
+    networks = [*config.backbones.values(), *([teacher] if teacher is not None else [])]
+    sizes = [num_parameters(network, config.method) for network in networks]
+    return max(
+        _FLOAT32 * (4.0 * backbone / network.depth + head) for network, (backbone, head) in zip(networks, sizes, strict=True)
+    )
 
 
 def held_for_backward(config: TrainingConfig, teacher: BackboneConfig | None, images_per_worker: int) -> dict[str, float]:
@@ -105,7 +145,6 @@ def _pixels_per_image(config: TrainingConfig) -> int:
 
 
 def _state_bytes(config: TrainingConfig, teacher: BackboneConfig | None) -> dict[str, float]:
-    # A sharded engine divides entries of this table by its number of shards.
     trained = _FLOAT32 * float(sum(sum(num_parameters(one, config.method)) for one in config.backbones.values()))
     state = {"weights": trained, "gradients": trained, "AdamW moments": 2 * trained, "moving average": trained}
     if teacher is not None:
@@ -193,7 +232,11 @@ def _backbone_activations(
     element = _element_bytes(config)
     tokens, kept = _tokens(backbone, config, teacher, num_images)
     groups = 2 if config.crops.local_crops_number else 1
-    blocks = backbone.depth * kept * _block_bytes_per_token(backbone, element, num_groups=groups)
+    one_block = kept * _block_bytes_per_token(backbone, element, num_groups=groups)
+    if config.scaling.activation_checkpointing:  # the input of each block, and one block that is computed again
+        blocks = backbone.depth * float(_FLOAT32 * backbone.embed_dim) * tokens + one_block
+    else:
+        blocks = backbone.depth * one_block
     ends = 2.0 * _FLOAT32 * backbone.embed_dim * tokens  # input and output of the last norm
     pixels = 3.0 * element * num_images * _pixels_per_image(config) if element < _FLOAT32 else 0.0
     return blocks + ends + pixels

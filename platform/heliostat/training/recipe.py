@@ -111,6 +111,25 @@ class TrainingConfig(StrictModel):
         return self
 
     @model_validator(mode="after")
+    def _check_scaling(self) -> Self:
+        scaling = self.scaling
+        if scaling.num_workers == 0 and scaling.parallel.startswith("zero"):
+            raise ValueError(
+                f"scaling.parallel {scaling.parallel} needs training processes, and scaling.num_workers is 0; use 1 or more"
+            )
+        if scaling.parallel == "none" and scaling.num_workers > 1:
+            raise ValueError(
+                f"scaling.parallel none is for one worker, and scaling.num_workers is {scaling.num_workers}; use ddp, zero1, "
+                "zero2, zero3 or auto"
+            )
+        low, high = scaling.worker_range
+        if not low <= max(scaling.num_workers, 1) <= high:
+            raise ValueError(f"scaling.num_workers {scaling.num_workers} is outside of min_workers {low} to max_workers {high}")
+        if low < high and scaling.num_workers == 0:
+            raise ValueError("scaling.min_workers and max_workers need Ray, and scaling.num_workers is 0; use 1 or more")
+        return self
+
+    @model_validator(mode="after")
     def _check_crops(self) -> Self:
         for backbone in self.backbones.values():
             patch = backbone.patch_size

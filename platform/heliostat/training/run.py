@@ -1,6 +1,7 @@
 """Assemble one training run from its configuration: method, optimizer, loader, loop, and the files that it leaves."""
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,14 +15,16 @@ from heliostat.data.masking import MaskSettings
 from heliostat.models.config import BackboneConfig
 from heliostat.models.stored import model_files
 from heliostat.storage import Store
+from heliostat.training.costs import passes_of
 from heliostat.training.distillation import Distillation
 from heliostat.training.engine import Engine, TorchEngine
-from heliostat.training.loop import AnyMethod, Evaluate, Report, Trainer, fit, leave_unevaluated
+from heliostat.training.loop import AnyMethod, Ask, Evaluate, Report, Trainer, fit, leave_unevaluated
+from heliostat.training.memory import GIB
 from heliostat.training.method import SelfDistillation
+from heliostat.training.parallel import choose_parallel
 from heliostat.training.param_groups import build_optimizer
 from heliostat.training.recipe import TrainingConfig
 from heliostat.training.start import StartingWeights, start_network, start_targets
-from heliostat.training.student_pass import passes_of
 from heliostat.training.teacher_files import model_info
 from heliostat.training.world import World, compute_dtype
 
@@ -76,12 +79,12 @@ class Watch:
     """What looks at a run from outside, and may ask it to stop."""
 
     evaluate: Evaluate = leave_unevaluated
-    should_stop: Callable[[], bool] = lambda: False
+    asked: Callable[[], Ask] = lambda: Ask.GO_ON
     mark: Callable[[str, int], None] = lambda doing, step: None
 
     def hooks(self) -> dict[str, Any]:
         """As the trainer's fields."""
-        return {"evaluate": self.evaluate, "should_stop": self.should_stop, "mark": self.mark}
+        return {"evaluate": self.evaluate, "asked": self.asked, "mark": self.mark}
 
 
 LoaderFactory = Callable[[Loading, World, Callable[[str], None]], BatchLoader]
@@ -104,6 +107,7 @@ def build_trainer(
     """Wire one rank's trainer together."""
     config = job.config
     torch.set_num_threads(config.scaling.threads_per_worker)
+    config = resolve_parallel(config, job.teacher.backbone if job.teacher else None, world, notify)
     method = build_method(config, job.teacher, job.start)
     engine, optimizer = build_engine(config, method, world)
     loader = open_loader(loading_of(job), world, notify)
@@ -121,6 +125,30 @@ def build_trainer(
         labels=job.labels,
         **(watch or Watch()).hooks(),
     )
+
+
+def resolve_parallel(
+    config: TrainingConfig, teacher: BackboneConfig | None, world: World, notify: Callable[[str], None]
+) -> TrainingConfig:
+    """The section with `scaling.parallel` decided, the same on every rank, by what the smallest of them may fill."""
+    chosen = choose_parallel(config, teacher, world.size, world.lowest(capacity_bytes(config, world)))
+    if world.is_main and (world.size > 1 or len(chosen.lines) > 1):
+        for line in chosen.lines:
+            notify(line)
+    return config.model_copy(update={"scaling": config.scaling.model_copy(update={"parallel": chosen.name})})
+
+
+_USABLE = 0.95  # of a GPU's memory; the estimate holds a context and the allocator's slack
+
+
+def capacity_bytes(config: TrainingConfig, world: World) -> int:
+    """What one worker may fill: as the recipe says, or its GPU, or its part of the host's memory."""
+    if config.scaling.memory_per_worker_gib:
+        return int(config.scaling.memory_per_worker_gib * GIB)
+    if world.device.type == "cuda":
+        return int(torch.cuda.get_device_properties(world.device).total_memory * _USABLE)
+    on_this_host = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))  # Ray Train tells it
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // on_this_host
 
 
 def build_engine(config: TrainingConfig, method: AnyMethod, world: World) -> tuple[Engine, torch.optim.Optimizer]:

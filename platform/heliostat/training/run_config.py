@@ -37,7 +37,18 @@ class ScalingConfig(StrictModel):
     start_timeout_seconds: int = Field(default=120, ge=1)
     """How long the cluster may take to place the workers, autoscaling included, before the run fails."""
     collective_timeout_seconds: int = Field(default=600, ge=10)
-    """How long one rank may keep the others waiting before the group is restarted."""
+    """How long one rank may keep the others waiting before it is named and the group is restarted."""
+    stop_grace_seconds: int = Field(default=90, ge=0)
+    """How long a run that is asked to stop (Ctrl-C, SIGTERM, `ray job stop`) may take to write its checkpoint."""
+    spot_notice_url: str = ""
+    """Where a spot machine announces its end, asked every 5 s on every node: http://169.254.169.254 on AWS; empty asks nobody.
+    A notice writes a checkpoint and starts the workers again after the machine is gone, without counting as a failure."""
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """Fewest and most workers."""
+        fixed = max(self.num_workers, 1)
+        return self.min_workers or fixed, self.max_workers or fixed
 
 
 class TrainConfig(StrictModel):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from heliostat.data.batch import Batch
+from heliostat.training.costs import passes_of
 from heliostat.training.method import Method, TeacherTargets
 
 # Shapes: B images, C = 2 B global crops, N patches of a global crop, M patches in the patch loss, K prototypes, D width.
@@ -64,13 +65,6 @@ def split_passes(
             )
         )
     return found
-
-
-def passes_of(num_images: int, images_per_pass: int) -> int:
-    """The fewest passes of equal size that none has more than images_per_pass images (0: no limit)."""
-    if images_per_pass == 0 or images_per_pass >= num_images:
-        return 1
-    return next(count for count in range(-(-num_images // images_per_pass), num_images + 1) if num_images % count == 0)
 
 
 def _of_images(crops: Tensor, images: slice, num_images: int) -> Tensor:

@@ -108,7 +108,7 @@ class _Location:
 
 
 def shard(parameter: Any) -> Tensor:
-    """This rank's float32 elements of a parameter in stage 3, padded to equal size: the optimizer's own memory, no copy."""
+    """This rank's float32 elements of a parameter in stage 3, padded to equal size: what the optimizer wrote last."""
     values: Tensor = parameter.ds_tensor.data
     return values
 
@@ -288,6 +288,13 @@ class ZeroEngine:
                     held.append(Piece(moment_name(moment, name), self._shapes[name], location.start, location.of(values)))
         return held
 
+    def _renew_masters(self) -> None:
+        """Have the optimizer's float32 partitions hold the shards; on CPUs they are not the same memory."""
+        for parameter in self._trained.values():
+            location = self._location(parameter)
+            if location is not None:
+                location.of(location.flat).copy_(shard(parameter)[: location.count])
+
     def _shard_piece(self, name: str, parameter: Any) -> list[Piece]:
         start = self._world.rank * parameter.ds_tensor.numel()
         count = max(0, min(parameter.ds_tensor.numel(), parameter.ds_numel - start))
@@ -317,7 +324,9 @@ class ZeroEngine:
             for moment, location, values in moments:
                 state = self._optimizer.state.setdefault(location.flat, _fresh_moments(location.flat))
                 (state["step"].view(1) if moment == "step" else location.of(state[moment])).copy_(values)
-            if self._stage < 3:
+            if self._stage == 3:
+                self._renew_masters()
+            else:
                 fragments: list[Any] = [getattr(parameter, _FRAGMENT) for parameter in self._trained.values()]
                 for fragment in fragments:
                     if fragment is not None:
