@@ -1,4 +1,4 @@
-"""Nearest neighbours and k-means against plain numpy."""
+"""Inverted files and k-means against plain numpy."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,6 @@ from heliostat.curation.index import (
     inverted_factory,
     kmeans,
     load_index,
-    neighbors,
     save_index,
     search_inverted_file,
     train_inverted_file,
@@ -26,44 +25,18 @@ def unit(rows: int, width: int, seed: int, *, centres: int = 0) -> np.ndarray:
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
-def test_small_search_equals_a_full_matrix_product():
-    queries, database = unit(40, 16, 0), unit(300, 16, 1)
-    similarities, ids = neighbors(queries, database, 7)
-    expected = np.argsort(-(queries @ database.T), axis=1)[:, :7]
-    np.testing.assert_array_equal(ids, expected)
-    np.testing.assert_allclose(similarities, np.take_along_axis(queries @ database.T, expected, axis=1), atol=1e-6)
-
-
-def test_more_neighbours_than_rows_are_clamped_to_the_rows():
-    similarities, ids = neighbors(unit(3, 8, 0), unit(5, 8, 1), 64)
-    assert ids.shape == similarities.shape == (3, 5)
-    assert sorted(ids[0]) == [0, 1, 2, 3, 4]
-
-
-def test_no_queries_or_no_database_give_empty_results():
-    assert neighbors(unit(0, 8, 0), unit(5, 8, 1), 3)[1].shape == (0, 3)
-    assert neighbors(unit(4, 8, 0), unit(0, 8, 1), 3)[1].shape == (4, 0)
-
-
-def test_the_approximate_index_finds_almost_what_the_exact_one_finds_and_repeats_itself():
-    database = unit(20_000, 32, 2, centres=200)
-    queries = database[:500]
-    _, exact = neighbors(queries, database, 10)
-    _, approximate = neighbors(queries, database, 10, exact_max_rows=1_000)
-    recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact, approximate, strict=True)])
-    assert recall > 0.95
-    np.testing.assert_array_equal(approximate, neighbors(queries, database, 10, exact_max_rows=1_000)[1])
-
-
-def test_vectors_that_are_not_finite_or_of_another_width_are_refused():
+def test_vectors_that_are_not_finite_or_have_no_rows_of_their_own_are_refused():
     bad = unit(4, 8, 0)
     bad[2, 3] = np.nan
-    with pytest.raises(DataError, match="queries row 2 is not finite"):
-        neighbors(bad, unit(5, 8, 1), 3)
-    with pytest.raises(DataError, match="width 8, the database 9"):
-        neighbors(unit(4, 8, 0), unit(5, 9, 1), 3)
-    with pytest.raises(DataError, match="two dimensions"):
-        neighbors(np.zeros(8, np.float32), unit(5, 8, 1), 3)
+    index = train_inverted_file(unit(100, 8, 1), 100, seed=0)
+    with pytest.raises(DataError, match="queries row 2 is not finite; find the image"):
+        search_inverted_file(index, bad, 3, num_probes=1)
+    with pytest.raises(DataError, match="vectors row 2 is not finite"):
+        add_to_inverted_file(index, bad, np.arange(4))
+    with pytest.raises(DataError, match="sample row 2 is not finite"):
+        train_inverted_file(bad, 100, seed=0)
+    with pytest.raises(DataError, match=r"vectors have shape \(8,\); two dimensions"):
+        kmeans(np.zeros(8, np.float32), 1, iterations=5, seed=0)
 
 
 def test_kmeans_gives_the_same_clusters_for_the_same_seed_and_others_for_another():
