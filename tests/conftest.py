@@ -25,9 +25,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 sys.path.insert(0, str(Path(__file__).parent / "fixtures"))
 
+from local_ray import local_ray  # noqa: E402
 from s3_server import STATUS, s3_bucket, s3_server  # noqa: E402
 
-__all__ = ["s3_bucket", "s3_server"]
+__all__ = ["local_ray", "s3_bucket", "s3_server"]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -8,14 +8,12 @@ from pathlib import Path
 
 import onnx
 import pytest
-from curation_runs import contents, finish, load, local_ray, refused, write_pictures, write_recipe
+from curation_runs import contents, finish, load, refused, write_pictures, write_recipe
 from onnx import TensorProto, helper
 
 from heliostat.artifacts import RECORD
 from heliostat.data.manifest import manifest_from_bytes
 from heliostat.storage import LocalStore
-
-__all__ = ["local_ray"]
 
 pytestmark = [
     pytest.mark.ray,

@@ -5,14 +5,12 @@ import json
 from pathlib import Path
 
 import pytest
-from curation_runs import finish, load, local_ray, refused, write_pictures, write_recipe
+from curation_runs import finish, load, refused, write_pictures, write_recipe
 
 from heliostat.curation.edges import iterate_edges
 from heliostat.curation.ledger_read import open_ledger
 from heliostat.data.manifest import manifest_from_bytes
 from heliostat.data.shard_reader import ShardReader
-
-__all__ = ["local_ray"]
 
 pytestmark = [
     pytest.mark.ray,

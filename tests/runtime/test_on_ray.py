@@ -2,15 +2,11 @@
 
 import io
 import json
-import os
 import re
-import shutil
 import signal
-import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +21,9 @@ from heliostat.artifacts import ArtifactRef
 from heliostat.data.shards import manifest_rows, manifest_to_bytes
 from heliostat.errors import DataError, StorageError, TrainingError
 from heliostat.runtime import shards
-from heliostat.runtime.config import ClusterConfig
 from heliostat.runtime.pipelines import Context
 from heliostat.runtime.progress import Progress
 from heliostat.runtime.recipe import Recipe
-from heliostat.runtime.session import open_session
 from heliostat.runtime.shards import map_shards
 from heliostat.storage import LocalStore
 from heliostat.tracking import NullRun, NullTracker
@@ -40,19 +34,6 @@ pytestmark = [
     pytest.mark.usefixtures("local_ray"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Ray 2.60's, about its own settings
 ]
-
-
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    folder = tempfile.mkdtemp(prefix="hso", dir="/tmp")  # short: Ray keeps unix sockets below it
-    with pytest.MonkeyPatch.context() as environment:
-        environment.delenv("RAY_ADDRESS", raising=False)
-        environment.setenv("RAY_TMPDIR", folder)
-        environment.setenv("RAY_AUTH_MODE", "disabled")
-        environment.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
-        with open_session(ClusterConfig(address="local", num_cpus=2, object_store_memory=100_000_000)):
-            yield
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)

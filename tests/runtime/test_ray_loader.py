@@ -1,12 +1,8 @@
 """Images through Ray Data: the same batches as from the loader's threads, byte for byte, whatever happens on the way."""
 
 import io
-import os
 import re
-import shutil
 import signal
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -19,6 +15,7 @@ import pyarrow as pa
 import pytest
 import ray
 import torch
+from local_ray import started_ray
 from ray._private.internal_api import memory_summary
 from tars import Tars, Unreachable
 from tiny_training import final_files, job, settings, shard
@@ -32,11 +29,9 @@ from heliostat.data.masking import MaskSettings
 from heliostat.data.photographs import crops
 from heliostat.data.shards import MANIFEST_SCHEMA, make_shard_image, manifest_rows, write_shard
 from heliostat.errors import ClusterError, ConfigError, StorageError, TrainingError
-from heliostat.runtime.config import ClusterConfig
 from heliostat.runtime.progress import Progress
 from heliostat.runtime.ray_blocks import object_store_bytes, slice_bytes
 from heliostat.runtime.ray_loader import RayLoader
-from heliostat.runtime.session import open_session
 from heliostat.tracking import NullRun, NullTracker
 from heliostat.training.run import TrainingJob
 
@@ -53,15 +48,8 @@ STORE_BYTES = 200_000_000
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    folder = tempfile.mkdtemp(prefix="hsi", dir="/tmp")  # short: Ray keeps unix sockets below it
-    with pytest.MonkeyPatch.context() as environment:
-        environment.delenv("RAY_ADDRESS", raising=False)
-        environment.setenv("RAY_TMPDIR", folder)
-        environment.setenv("RAY_AUTH_MODE", "disabled")
-        environment.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
-        with open_session(ClusterConfig(address="local", num_cpus=6, object_store_memory=STORE_BYTES)):
-            yield
-    shutil.rmtree(folder, ignore_errors=True)
+    with started_ray(num_cpus=6, object_store_memory=STORE_BYTES):
+        yield
 
 
 def _bodies() -> list[bytes]:

@@ -1,32 +1,12 @@
 """What workers push to the relay arrives at the driver, and at the port that Prometheus scrapes."""
 
 import http.client
-import os
-import shutil
-import sys
-import tempfile
 import time
-from collections.abc import Iterator
 
 import pytest
 
-from heliostat.runtime.config import ClusterConfig
-from heliostat.runtime.session import open_session
-
 pytestmark = pytest.mark.ray
 EXPORT_SECONDS = 30
-
-
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    folder = tempfile.mkdtemp(prefix="hsr", dir="/tmp")  # short: Ray keeps unix sockets below it
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("RAY_TMPDIR", folder)
-        environment.setenv("RAY_AUTH_MODE", "disabled")
-        environment.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
-        with open_session(ClusterConfig(address="local", num_cpus=2, object_store_memory=100_000_000)):
-            yield
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def scrape(deadline: float, wanted: str) -> list[str]:
