@@ -17,6 +17,8 @@ from heliostat.runtime.relay import Relay
 from heliostat.runtime.spot_notice import SpotNotice
 from heliostat.training.loop import Ask
 
+# A start reads weights and checkpoints, a save may wait for its store: both take the time they take. Ranks that wait for one of
+# them in a step are what ends a group whose start or save hangs.
 _BEAT_SECONDS = 2.0
 _PATIENCE_SECONDS = 20.0  # for one call to the relay; without an answer the driver is gone, and Ray ends the workers
 _LAST_SAVE_SECONDS = 30.0  # before a node goes, one more checkpoint is asked for
@@ -73,7 +75,7 @@ class WorkerWatch:
                 self._is_stopping = self._relay.beat(self._rank, self._doing, self._step, _PATIENCE_SECONDS)
                 if self._spot is not None and not self.notice_seconds:
                     self._look_at_notice(self._spot)
-                if self._doing != "save" and time.monotonic() - self._since > self._stall_seconds:
+                if self._doing in ("data", "step") and time.monotonic() - self._since > self._stall_seconds:
                     self._give_up()
             except ray.exceptions.RayError:
                 continue  # Ray ends this process when its driver is gone; a slow answer is asked for again
