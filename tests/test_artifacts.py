@@ -180,6 +180,18 @@ def test_an_unfinished_draft_with_other_settings_is_discarded_with_a_notice(arti
     assert keys(artifacts) == ["draft.json"]
 
 
+def test_checkpoints_of_a_run_with_other_settings_are_never_thrown_away(artifacts: ArtifactStore) -> None:
+    ref = ArtifactRef("model", "birds", "1")
+    draft = artifacts.begin(ref, config={"optim": {"lr": 1e-3}, "seed": 0}, inputs={}, notify=print)
+    draft.files.put("_work/checkpoints/step-00000010/checkpoint.json", b"{}")
+    with pytest.raises(ArtifactConflictError, match=r"optim\.lr.*0\.001.*0\.002.*give version=") as refused:
+        artifacts.begin(ref, config={"optim": {"lr": 2e-3}, "seed": 0}, inputs={}, notify=print)
+    assert "\n" not in str(refused.value)
+    assert draft.files.size("_work/checkpoints/step-00000010/checkpoint.json") == 2
+    again = artifacts.begin(ref, config={"optim": {"lr": 1e-3}, "seed": 0}, inputs={}, notify=print)
+    assert again.resumed
+
+
 def test_other_settings_under_a_complete_version_are_refused_with_the_changes(artifacts: ArtifactStore) -> None:
     made = draft(artifacts)
     made.put("shard-0", b"0")

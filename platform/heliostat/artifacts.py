@@ -32,6 +32,8 @@ from heliostat.storage import Store
 RECORD = "artifact.json"
 DRAFT = "draft.json"
 WORK = "_work/"
+CHECKPOINT = re.compile(r"(^|/)_work/checkpoints/.*/checkpoint\.json$")
+"""The file that makes a checkpoint of a training run visible: such a run is never thrown away because a setting changed."""
 KINDS = ("raw", "features", "copies", "curated", "model", "report", "release", "sweep")
 _REF = re.compile(r"^(?P<kind>[a-z]+)/(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)@(?P<version>[A-Za-z0-9][A-Za-z0-9._-]*)$")
 
@@ -253,7 +255,8 @@ class ArtifactStore:
         """The finished artifact when it exists with this fingerprint, else a draft to fill.
 
         A draft that an interrupted run left is taken up again when its fingerprint agrees, and is discarded (with a notice)
-        when it does not. Raises ArtifactConflictError when the version is complete with another fingerprint.
+        when it does not. Raises ArtifactConflictError when the version is complete with another fingerprint, or its draft holds
+        checkpoints of a run with another one.
         """
         plain_config: dict[str, Any] = json.loads(canonical_json(config))
         plain_inputs = {role: artifact.record.fingerprint for role, artifact in inputs.items()}
@@ -264,12 +267,15 @@ class ArtifactStore:
             clean(found.files)
             return found
         files = self.files(ref)
-        state, resumed = _take_up(files, ref, fingerprint, notify)
+        state, resumed = _take_up(files, ref, fingerprint, plain_config, notify)
         files.put(DRAFT, _draft_bytes(fingerprint, plain_config, state))
         return Draft(ref, fingerprint, plain_config, inputs, files, state, resumed)
 
 
-def _take_up(files: Store, ref: ArtifactRef, fingerprint: str, notify: Callable[[str], None]) -> tuple[dict[str, Any], bool]:
+def _take_up(
+    files: Store, ref: ArtifactRef, fingerprint: str, config: Mapping[str, Any], notify: Callable[[str], None]
+) -> tuple[dict[str, Any], bool]:
+    """What an unfinished run left: taken up when it is the same one, else discarded, unless it holds checkpoints."""
     try:
         draft = json.loads(files.read(DRAFT))
     except ObjectNotFoundError:
@@ -280,6 +286,13 @@ def _take_up(files: Store, ref: ArtifactRef, fingerprint: str, notify: Callable[
         notify(f"{ref}: resuming an interrupted run")
         return dict(draft["state"]), True
     leftovers = list(files.list())
+    if draft is not None and any(CHECKPOINT.search(entry.key) for entry in leftovers):
+        changes = changed_fields(draft.get("config", {}), config)
+        shown = "; ".join(changes[:5]) + (f"; and {len(changes) - 5} more" if len(changes) > 5 else "")
+        raise ArtifactConflictError(
+            f"{ref} has checkpoints of an unfinished run with other settings ({shown or 'its inputs changed'}); restore them to "
+            f"go on, give version=... for a new run, or remove {files.uri} to throw it away"
+        )
     if leftovers:
         notify(f"{ref}: discarding {len(leftovers)} files of an unfinished run with other settings")
     for entry in leftovers:
