@@ -42,6 +42,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/copies.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/clusters.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/curate.py
+	$(BIN)/python benchmarks/train_overhead.py
 
 clean:
 	rm -rf $(VENV) .cache heliostat-store

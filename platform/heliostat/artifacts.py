@@ -290,7 +290,7 @@ def _take_up(
         changes = changed_fields(draft.get("config", {}), config)
         shown = "; ".join(changes[:5]) + (f"; and {len(changes) - 5} more" if len(changes) > 5 else "")
         raise ArtifactConflictError(
-            f"{ref} has checkpoints of an unfinished run with other settings ({shown or 'its inputs changed'}); restore them to "
+            f"{ref} has checkpoints of an unfinished run with other settings ({shown or 'other inputs'}); restore them to "
             f"go on, give version=... for a new run, or remove {files.uri} to throw it away"
         )
     if leftovers:

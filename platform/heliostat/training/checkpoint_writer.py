@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from heliostat.data.quarantine import Rejection
 from heliostat.errors import HeliostatError, StorageError
@@ -35,27 +36,6 @@ class Snapshot:
     state: Mapping[str, Any]
 
 
-def take_snapshot(
-    step: int,
-    pieces: Sequence[Piece],
-    history: Sequence[Mapping[str, Any]],
-    rejections: Sequence[Rejection],
-    state: Mapping[str, Any],
-) -> Snapshot:
-    """Copy the pieces to the host; the only part that a training step waits for."""
-    copies = [replace(piece, values=_host_copy(piece.values)) for piece in pieces]
-    if any(piece.values.is_cuda for piece in pieces):
-        torch.cuda.synchronize()
-    return Snapshot(step, copies, tuple(history), tuple(rejections), dict(state))
-
-
-def _host_copy(values: torch.Tensor) -> torch.Tensor:
-    if not values.is_cuda:
-        return values.detach().clone()
-    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    return host.copy_(values.detach(), non_blocking=True)
-
-
 class CheckpointWriter:
     """The writer of one rank. Every rank calls the same methods at the same steps."""
 
@@ -66,24 +46,46 @@ class CheckpointWriter:
         self._is_committing = False
         self._error: BaseException | None = None
         self._failed: Snapshot | None = None
+        self._buffers: dict[tuple[str, int], Tensor] = {}
 
     @property
     def pending_step(self) -> int | None:
         """The step whose checkpoint is being written."""
         return self._pending.step if self._pending else None
 
-    def begin(self, snapshot: Snapshot) -> None:
-        """Write a snapshot in the background; waits for the one before. History that could not be written goes along."""
+    def begin(
+        self,
+        step: int,
+        pieces: Sequence[Piece],
+        *,
+        history: Sequence[Mapping[str, Any]],
+        rejections: Sequence[Rejection],
+        state: Mapping[str, Any],
+    ) -> None:
+        """Copy the pieces to the host, which is all that a step waits for, and write them in the background.
+
+        Waits for the checkpoint before. History that could not be written with that one goes along.
+        """
         self.wait()
         if self._failed is not None:
-            snapshot = replace(
-                snapshot,
-                history=(*self._failed.history, *snapshot.history),
-                rejections=(*self._failed.rejections, *snapshot.rejections),
-            )
+            history, rejections = (*self._failed.history, *history), (*self._failed.rejections, *rejections)
             self._failed = None
+        copies = [replace(piece, values=self._host_copy(piece)) for piece in pieces]
+        if self._world.device.type == "cuda":
+            torch.cuda.synchronize(self._world.device)
+        self._write_again(Snapshot(step, copies, tuple(history), tuple(rejections), dict(state)))
+
+    def _write_again(self, snapshot: Snapshot) -> None:
         self._pending, self._is_committing = snapshot, False
         self._start(self._write, snapshot)
+
+    def _host_copy(self, piece: Piece) -> Tensor:
+        """The values in memory that is kept for the next checkpoint: fresh pages cost as much again as the copy (measured)."""
+        key, values = (piece.name, piece.start), piece.values.detach()
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.shape != values.shape or buffer.dtype != values.dtype:
+            buffer = self._buffers[key] = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+        return buffer.copy_(values, non_blocking=True)
 
     def _start(self, work: Callable[[Snapshot], None], snapshot: Snapshot) -> None:
         def run() -> None:
@@ -161,7 +163,7 @@ class CheckpointWriter:
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
             again, self._failed = self._failed, None
-            self.begin(again)
+            self._write_again(again)
             self.wait()
 
 

@@ -27,7 +27,7 @@ from heliostat.training.checkpoint import (
     read_history,
     refuse_misfit,
 )
-from heliostat.training.checkpoint_writer import CheckpointWriter, Snapshot, abandoned_on_error, take_snapshot
+from heliostat.training.checkpoint_writer import CheckpointWriter, abandoned_on_error
 from heliostat.training.collapse import Sign, collapse_signs
 from heliostat.training.diagnostics import feature_std, kl_to_teacher, prototype_usage, rankme, teacher_entropy
 from heliostat.training.distillation import Distillation
@@ -136,7 +136,7 @@ def fit(trainer: Trainer) -> list[dict[str, Any]]:
             writer.settle(ended, well)
             if not quiet or state.step % train.checkpoint_every_steps == 0 or state.step == total:
                 trainer.mark("save", state.step)
-                writer.begin(_snapshot(trainer, state))
+                _save(trainer, state, writer)
                 saved = state.step
             if not going and state.step < total:
                 writer.finish(train.storage_patience_seconds)
@@ -306,8 +306,8 @@ def _timings(trainer: Trainer, state: LoopState) -> dict[str, float]:
     return timings
 
 
-def _snapshot(trainer: Trainer, state: LoopState) -> Snapshot:
-    """What this rank has to keep of the run as it is now; takes the records of the steps since the snapshot before."""
+def _save(trainer: Trainer, state: LoopState, writer: CheckpointWriter) -> None:
+    """Have the run as it is now written, with the records of the steps since the checkpoint before."""
     history, state.history = state.history, []
     described = {
         "skipped_steps": state.skipped_steps,
@@ -319,7 +319,8 @@ def _snapshot(trainer: Trainer, state: LoopState) -> Snapshot:
         "engine": type(trainer.engine).__name__,
         **trainer.labels,
     }
-    return take_snapshot(state.step, trainer.engine.pieces(), history, trainer.loader.take_rejections(), described)
+    rejections = trainer.loader.take_rejections()
+    writer.begin(state.step, trainer.engine.pieces(), history=history, rejections=rejections, state=described)
 
 
 def _keep_teacher(trainer: Trainer, step: int) -> None:
