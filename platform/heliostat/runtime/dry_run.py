@@ -15,6 +15,7 @@ from heliostat.runtime.weight_names import names_artifact
 from heliostat.storage import open_store
 from heliostat.training.costs import flops_per_image, head_training_flops_per_image, num_images, num_parameters
 from heliostat.training.memory import GIB, Memory, training_memory
+from heliostat.training.parallel import choose_parallel
 from heliostat.training.recipe import (
     DistillConfig,
     PretrainConfig,
@@ -63,8 +64,12 @@ class TrainingRun:
 
     @property
     def memory(self) -> Memory:
-        """Memory of one worker."""
-        return training_memory(self.config, self.teacher, self.images_per_worker)
+        """Memory of one worker where `scaling.parallel` is as it says, "auto" as ddp."""
+        scaling = self.config.scaling
+        way = "ddp" if scaling.parallel == "auto" else scaling.parallel
+        return training_memory(
+            self.config, self.teacher, self.images_per_worker, parallel=way, num_workers=max(1, scaling.num_workers)
+        )
 
 
 def cost_lines(recipe: Recipe, stages: Sequence[str]) -> list[str]:
@@ -220,7 +225,17 @@ def _memory_lines(run: TrainingRun) -> list[str]:
     lines = [f"memory      {memory.total / GIB:.1f} GiB per GPU: {verdict}"]
     lines += [f"            {size / GIB:5.1f}  {name}" for name, size in _memory_terms(memory)]
     smaller = [name for name in _CARDS_GIB if name not in fits]
+    lines += _parallel_lines(run)
     return lines + [f"            for {name} GB: {_advice(run, _CARDS_GIB[name] * GIB)}" for name in smaller[-1:]]
+
+
+def _parallel_lines(run: TrainingRun) -> list[str]:
+    """What `scaling.parallel=auto` would take on each card."""
+    workers = run.config.scaling.num_workers
+    if run.config.scaling.parallel != "auto" or workers < 2:
+        return []
+    found = {card: choose_parallel(run.config, run.teacher, workers, gib * GIB).name for card, gib in _CARDS_GIB.items()}
+    return [f"            parallel: {', '.join(f'{name} on {card} GB' for card, name in found.items())}"]
 
 
 def _memory_terms(memory: Memory) -> list[tuple[str, float]]:
