@@ -108,6 +108,14 @@ def finished(place: Place) -> str:
     return done.stdout
 
 
+@pytest.fixture(scope="module")
+def raw(place: Place) -> str:
+    """Images to train on, made by a job."""
+    ((_, code, log),) = place.wait(place.submit(place.words("ingest").replace("version=1", "version=alone")))
+    assert code == 0, log
+    return "raw/birds@alone"
+
+
 def test_the_token_is_for_its_owner_alone_and_without_it_nothing_is_read_or_started(place: Place) -> None:
     head = place.head
     assert stat.S_IMODE(head.token_file.stat().st_mode) == 0o600
@@ -190,8 +198,8 @@ def test_a_job_ends_with_the_exit_status_of_its_command_and_says_why_in_one_line
     assert not list(place.store.glob("*/birds@refused/artifact.json"))
 
 
-def test_more_workers_than_the_machine_has_room_for_are_refused_at_once(place: Place, finished: str) -> None:
-    words = place.words("pretrain").replace("version=1", "version=crowded data=curated/birds@1 scaling.num_workers=8")
+def test_more_workers_than_the_machine_has_room_for_are_refused_at_once(place: Place, raw: str) -> None:
+    words = place.words("pretrain").replace("version=1", f"version=crowded data={raw} scaling.num_workers=8")
     ((status, code, log),) = place.wait(place.submit(words), seconds=110)  # scaling.start_timeout_seconds is 120
     assert (status, code) == ("FAILED", 1), log
     assert "8 workers need 8 CPU, Ray has 4; " in log
@@ -214,9 +222,10 @@ def test_the_code_of_the_working_directory_runs_where_heliostat_is_not_installed
     assert (tmp_path / "store" / "raw" / "birds@1" / "artifact.json").is_file()
 
 
-@pytest.mark.usefixtures("finished")
-def test_a_stopped_job_closes_its_run_and_the_same_line_resumes_to_the_artifact_of_an_unstopped_one(place: Place) -> None:
-    more = "data=curated/birds@1 train.steps=160 train.checkpoint_every_steps=4"
+def test_a_stopped_job_closes_its_run_and_the_same_line_resumes_to_the_artifact_of_an_unstopped_one(
+    place: Place, raw: str
+) -> None:
+    more = f"data={raw} train.steps=160 train.checkpoint_every_steps=4"
     words = place.words("pretrain").replace("version=1", f"version=stopped {more}")
     checkpoint = place.store / "model" / "birds@stopped" / "_work" / "checkpoints" / "step-00000008" / "checkpoint.json"
     with ThreadPoolExecutor(1) as thread:
