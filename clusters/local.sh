@@ -8,12 +8,12 @@
 # and RAY_AUTH_MODE=token. The dashboard and the job API answer on http://127.0.0.1:8265 only.
 #
 # Exported here, for every job on this cluster: no node will come, so what has no room is refused instead of waited for
-# (HELIOSTAT_FIXED_SIZE; set it empty when you add nodes by hand), and a stopped job has 30 s to close its runs, not Ray's 3.
+# (HELIOSTAT_FIXED_SIZE; set it empty when you add nodes by hand), and a stopped job has 120 s to save, not Ray's 3.
 set -euo pipefail
 
 export RAY_AUTH_MODE=token
 export RAY_USAGE_STATS_ENABLED=0
-export RAY_JOB_STOP_WAIT_TIME_S="${RAY_JOB_STOP_WAIT_TIME_S:-30}"
+export RAY_JOB_STOP_WAIT_TIME_S="${RAY_JOB_STOP_WAIT_TIME_S:-120}"
 export HELIOSTAT_FIXED_SIZE="${HELIOSTAT_FIXED_SIZE-1}"
 
 token_file="${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}"
