@@ -38,7 +38,15 @@ PAGES = [
     ]
     if path.is_file()
 ]
-OTHER_PROGRAMS = {".", "export", "kubectl", "mlflow", "pip", "ray"}  # not ours; the files they name are still looked up
+OTHER_PROGRAMS = {
+    ".",
+    "export",
+    "chmod",
+    "kubectl",
+    "mlflow",
+    "pip",
+    "ray",
+}  # not ours; the files they name are still looked up
 _BLOCK = re.compile(r"(?P<mark><!-- executed by tests/docs -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.M | re.S)
 
 

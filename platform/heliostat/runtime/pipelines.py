@@ -12,7 +12,7 @@ from typing import Any
 
 from heliostat import __version__
 from heliostat.artifacts import Artifact, ArtifactRef, ArtifactStore, Draft
-from heliostat.errors import ArtifactNotFoundError, HeliostatError, UsageError
+from heliostat.errors import ArtifactNotFoundError, HeliostatError, PreemptedError, UsageError
 from heliostat.runtime.progress import Progress
 from heliostat.runtime.recipe import Recipe
 from heliostat.runtime.session import describe_session, open_session
@@ -201,7 +201,7 @@ def _run(context: Context, draft: Draft, stage: str) -> Iterator[Run]:
     try:
         yield run
         status = "FINISHED"
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, PreemptedError):
         status = "KILLED"
         raise
     finally:

@@ -7,7 +7,9 @@ because Ray's control port listens on every interface. A cluster is joined with 
 
 import logging
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -49,7 +51,10 @@ def _check_reachable(address: str, timeout_seconds: float) -> None:
 
 @contextmanager
 def open_session(config: ClusterConfig) -> Iterator[None]:
-    """Start or join Ray; a session that finds Ray running in this process uses it and leaves it running."""
+    """Start or join Ray; a session that finds Ray running in this process uses it and leaves it running.
+
+    SIGTERM does afterwards what it did before.
+    """
     _set_environment()
     import ray
 
@@ -62,9 +67,11 @@ def open_session(config: ClusterConfig) -> Iterator[None]:
     if address not in ("local", "auto"):
         _check_reachable(address, config.connect_timeout_seconds)
     try:
-        _initialise(address, config)
+        with _sigterm_kept():
+            _initialise(address, config)
     except Exception as error:  # Ray raises bare ones too, when a node does not come up in time
-        raise ClusterError(f"Ray at {address} could not be used: {' '.join(str(error).split())[:300]}") from error
+        token = "" if address == "local" else "; a cluster with a token needs RAY_AUTH_MODE=token and the same token here"
+        raise ClusterError(f"Ray at {address} could not be used: {' '.join(str(error).split())[:300]}{token}") from error
     try:
         yield
     finally:
@@ -91,6 +98,17 @@ def _initialise(address: str, config: ClusterConfig) -> None:
         )
     else:
         ray.init(address=address, **common)
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Ray's start puts handlers of its own over ours, its core one that ends the process at once and leaves runs open."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if handler is not None and threading.current_thread() is threading.main_thread():  # elsewhere Python sets none
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _free_port() -> int:
