@@ -4,11 +4,13 @@ A `Tracker` opens runs; a `Run` receives metrics, files and tags. `NullTracker` 
 database: the driver opens the run and hands its id on, and the workers `attach` to it.
 """
 
+import contextlib
 import logging
 import os
 import re
 import shutil
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -23,6 +25,7 @@ from heliostat.config import StrictModel, flatten
 from heliostat.errors import TrackingError
 from heliostat.storage import LocalStore, Store
 
+_IMPORTING = threading.Lock()
 _PARAM_LIMIT = 6000  # characters; MLflow 3 refuses values past 8,000
 
 
@@ -101,13 +104,15 @@ class NullTracker:
 
 def _client(uri: str) -> Any:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    with warnings.catch_warnings():  # MLflow 3.17 warns about its own dependencies while it is imported
-        warnings.simplefilter("ignore")
+    with _IMPORTING, contextlib.ExitStack() as stack:
+        if "mlflow" not in sys.modules:  # once, for the filters of warnings are shared between threads
+            stack.enter_context(warnings.catch_warnings())  # MLflow 3.17 warns about its own dependencies while it is imported
+            warnings.simplefilter("ignore")
         import mlflow
 
         for name in ("mlflow.store.db.utils", "alembic"):  # they tell of every table they create
             logging.getLogger(name).setLevel(logging.WARNING)
-        return mlflow.MlflowClient(tracking_uri=uri)
+    return mlflow.MlflowClient(tracking_uri=uri)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from heliostat.artifacts import Artifact, ArtifactRef, Draft
 from heliostat.data.quarantine import QUARANTINE, Rejection, quarantine_to_bytes
 from heliostat.errors import DataError
 from heliostat.models.stored import teacher_state
+from heliostat.runtime.online_images import draw_images
 from heliostat.runtime.pipelines import Context, Plan, Summary, config_of, make_together
 from heliostat.runtime.trainer import TrainingRequest, train
 from heliostat.runtime.training_data import TrainingData, training_data
@@ -177,7 +178,8 @@ def _train(
         job = TrainingJob(own, sources, next(iter(stores.values())), _frozen(teacher), weights, stores)
         artifacts = {name: str(draft.ref) for name, (draft, _) in opened.items()}
         runs = {name: run for name, (_, run) in opened.items()}
-        request = TrainingRequest(artifacts, job, context.tracker, {name: run.id for name, run in runs.items()})
+        online = draw_images(context, own, sources)
+        request = TrainingRequest(artifacts, job, context.tracker, {name: run.id for name, run in runs.items()}, online)
         summary = train(request, runs, context.progress)
         rejections = images.named(read_rejections(job.files))
         if rejections:

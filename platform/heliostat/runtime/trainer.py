@@ -19,10 +19,15 @@ from heliostat.data.loading import BatchLoader, Loading
 from heliostat.errors import HeliostatError, NonFiniteLossError, TrainingError, UsageError
 from heliostat.runtime.cluster_room import check_room
 from heliostat.runtime.interrupt import run_interruptible
-from heliostat.runtime.progress import Progress, training_line
+from heliostat.runtime.online import LocalEvaluator, open_evaluation
+from heliostat.runtime.online_actor import RayEvaluator
+from heliostat.runtime.online_images import OnlineDraw
+from heliostat.runtime.panel import TrainingPanel
+from heliostat.runtime.progress import Progress
 from heliostat.runtime.relay import Relay, Watcher
+from heliostat.storage import Store
 from heliostat.tracking import Run, Tracker
-from heliostat.training.run import LoaderFactory, TrainingJob, in_threads, run_training
+from heliostat.training.run import LoaderFactory, TrainingJob, Watch, in_threads, run_training
 from heliostat.training.world import World
 
 
@@ -34,6 +39,12 @@ class TrainingRequest:
     job: TrainingJob
     tracker: Tracker
     run_ids: Mapping[str, str]
+    online: OnlineDraw | None = None
+    """The images of evaluations while training; None evaluates nothing."""
+
+    def outputs(self) -> Mapping[str, Store]:
+        """Where each network's files go, by name."""
+        return self.job.outputs or dict.fromkeys(self.artifacts, self.job.files)
 
     def label(self) -> str:
         """The artifacts in one word."""
@@ -42,18 +53,20 @@ class TrainingRequest:
 
 def train(request: TrainingRequest, runs: Mapping[str, Run], progress: Progress) -> dict[str, Any]:
     """Run a training job to its end, in this process (`num_workers=0`) or on Ray Train. Returns the main rank's summary."""
-    total = request.job.config.train.steps
-
-    def line(model: str, metrics: Mapping[str, float], step: int) -> str:
-        return (f"{model}: " if model else "") + training_line(metrics, step, total)
-
+    panel = TrainingPanel(progress, request.job.config.train.steps, request.artifacts)
     if request.job.config.scaling.num_workers == 0:
 
         def report(metrics: Mapping[str, float], step: int, model: str = "") -> None:
             runs[model].log_metrics(metrics, step)
-            progress.update(line(model, metrics, step))
+            panel.update(model, metrics, step)
 
-        return run_training(request.job, World(), report, progress.say)
+        with (
+            panel,
+            open_evaluation(
+                LocalEvaluator, request.online, request.outputs(), runs=runs, report=report, notify=progress.say
+            ) as evaluate,
+        ):
+            return run_training(request.job, World(), report, progress.say, watch=Watch(evaluate))
 
     names = {artifact: name for name, artifact in request.artifacts.items()}
 
@@ -61,9 +74,9 @@ def train(request: TrainingRequest, runs: Mapping[str, Run], progress: Progress)
         if step < 0:
             progress.say(f"  {source}")
         else:
-            progress.update(line(names[source], metrics, step), final=step == total)
+            panel.update(names[source], metrics, step)
 
-    with Watcher(Relay(), show) as relay:
+    with panel, Watcher(Relay(), show) as relay:
         return _fit(request, relay)
 
 
@@ -147,8 +160,13 @@ def _worker(parameters: dict[str, Any]) -> dict[str, Any]:
     open_loader: LoaderFactory = partial(_from_data_workers, job=job, sources=parameters["sources"])
     if job.config.loader.via == "threads":
         open_loader = in_threads
+    make_evaluator = partial(
+        RayEvaluator, config=job.config.online, start_timeout_seconds=job.config.scaling.start_timeout_seconds
+    )
+    online = request.online if rank == 0 else None
     try:
-        return run_training(job, World(rank, size, device), report, notify, open_loader=open_loader)
+        with open_evaluation(make_evaluator, online, request.outputs(), runs=runs, report=report, notify=notify) as evaluate:
+            return run_training(job, World(rank, size, device), report, notify, open_loader=open_loader, watch=Watch(evaluate))
     except HeliostatError as error:
         if size > 1 and not isinstance(error, UsageError | NonFiniteLossError):
             raise
