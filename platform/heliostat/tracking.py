@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import re
+import shlex
 import shutil
 import sys
 import threading
@@ -253,7 +254,16 @@ def ui_command(uri: str) -> str:
         return "(tracking is off)"
     if not uri.startswith("sqlite"):
         return f"open {_without_password(uri)}"
-    script = Path(sys.executable).with_name("mlflow")
+    return f"{program('mlflow')} ui --backend-store-uri {shlex.quote(uri)} --port 5000"
+
+
+def shown_uri(uri: str) -> str:
+    """A tracking URI as it may be printed: without user and password."""
+    return _without_password(uri)
+
+
+def program(name: str) -> str:
+    """How a shell here calls a program that is installed beside this Python: by its name where that finds it."""
+    script = Path(sys.executable).with_name(name)
     near = os.path.relpath(script)
-    name = "mlflow" if shutil.which("mlflow") == str(script) else str(script) if near.startswith("..") else near
-    return f"{name} ui --backend-store-uri {uri} --port 5000"
+    return name if shutil.which(name) == str(script) else shlex.quote(str(script) if near.startswith("..") else near)

@@ -13,14 +13,14 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from heliostat.artifacts import Artifact
+from heliostat.artifacts import Artifact, ArtifactRef, ArtifactStore
 from heliostat.config import StrictModel, validate
 from heliostat.errors import CheckpointError
 from heliostat.models.config import BackboneConfig, HeadConfig
 from heliostat.models.names import from_fair_names, to_fair_names
 from heliostat.models.vit import VisionTransformer
 from heliostat.models.weights import load_state
-from heliostat.storage import Store
+from heliostat.storage import Store, open_store
 
 MODEL_JSON = "model.json"
 BACKBONE = "backbone.safetensors"
@@ -94,6 +94,11 @@ def read_backbone_files(files: Store, what: str) -> tuple[VisionTransformer, Mod
 def read_backbone(model: Artifact) -> tuple[VisionTransformer, ModelInfo]:
     """The backbone of a model artifact, in evaluation mode on the CPU."""
     return read_backbone_files(model.files, str(model.ref))
+
+
+def open_backbone(name: str, *, store: str = "./heliostat-store") -> tuple[VisionTransformer, ModelInfo]:
+    """The backbone of `model/name@version` in a store, in evaluation mode on the CPU. Raises ArtifactNotFoundError."""
+    return read_backbone(ArtifactStore(open_store(store)).load(ArtifactRef.parse(name)))
 
 
 def read_states(model: Artifact) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

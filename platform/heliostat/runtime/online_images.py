@@ -61,9 +61,9 @@ class OnlineDraw:
     def line(self) -> str:
         """What is looked at, in one line."""
         classes = len({one.label for one in self.labelled})
-        labelled = f"{len(self.labelled):,} images of {self.what} ({classes} classes), " if self.labelled else ""
-        no_labels = "" if self.labelled else "; no labelled images, so no k-NN and no probe"
-        return f"{labelled}{len(self.training):,} of the training set, at {self.image_size} pixels{no_labels}"
+        labelled = f"{len(self.labelled):,} of {self.what} ({classes} classes), " if self.labelled else ""
+        no_labels = "" if self.labelled else "; no labels, so no k-NN and no probe"
+        return f"{labelled}{len(self.training):,} of the training set{no_labels}"
 
 
 def draw_images(context: Context, config: TrainingConfig, sources: Sequence[ImageSource]) -> OnlineDraw | None:

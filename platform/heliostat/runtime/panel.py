@@ -38,7 +38,7 @@ class _Network:
 
 
 class TrainingPanel:
-    """Shows a run of `total` steps that trains `names`; a context manager that leaves one line for each network at its end."""
+    """Shows a run of `total` steps that trains `names`; a context manager that leaves the last state at its end."""
 
     def __init__(self, progress: Progress, total: int, names: Mapping[str, str]) -> None:
         self._progress, self._total, self._names = progress, total, names
@@ -48,7 +48,12 @@ class TrainingPanel:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._progress.clear()
+        """Leaves the panel as it is at the end, or one line for each network where there is no terminal."""
+        if self._progress.is_live:
+            if any(network.metrics for network in self._networks.values()):
+                self._progress.draw(self.lines())
+            self._progress.keep()
+            return
         for name, network in self._networks.items():
             if network.metrics:
                 self._progress.update(self._plain(name, network), final=True)

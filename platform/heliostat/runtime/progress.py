@@ -79,6 +79,13 @@ class Progress:
         with self._lock:
             self._write(self._erased())
 
+    def keep(self) -> None:
+        """Let what was drawn stay, and go on below it."""
+        with self._lock:
+            if self._drawn:
+                self._write("\n")
+            self._drawn = []
+
     def _fitted(self, line: Sequence[Span], columns: int) -> str:
         shown = ""
         for text, style in line:
