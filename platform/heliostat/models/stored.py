@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from heliostat.artifacts import Artifact, ArtifactRef, ArtifactStore
@@ -83,9 +84,14 @@ def read_info(model: Artifact) -> ModelInfo:
 
 
 def read_backbone_files(files: Store, what: str) -> tuple[VisionTransformer, ModelInfo]:
-    """The backbone below a store, in evaluation mode on the CPU; `what` names it in errors."""
+    """The backbone below a store, in evaluation mode on the CPU; `what` names it in errors.
+
+    Nothing is drawn: torch's generator belongs to the training, which may go on in another thread.
+    """
     info = validate(ModelInfo, json.loads(files.read(MODEL_JSON)), f"{what}/{MODEL_JSON}")
-    backbone = VisionTransformer(info.backbone)
+    with torch.device("meta"):
+        backbone = VisionTransformer(info.backbone)
+    backbone.to_empty(device="cpu")
     state = tensors_from_bytes(files.read(BACKBONE), f"{what}/{BACKBONE}")
     load_state(backbone, from_fair_names(state), f"{what}/{BACKBONE}")
     return backbone.eval().requires_grad_(False), info
