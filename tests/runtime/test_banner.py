@@ -96,7 +96,7 @@ def environment() -> dict[str, str]:
 
 
 def in_a_shell(command: str, folder: Path) -> str:
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120, cwd=folder, env=environment())
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=300, cwd=folder, env=environment())
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -190,7 +190,7 @@ def test_the_mlflow_command_serves_the_runs_as_it_is_printed_but_for_the_port(fi
     lighter = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     server = subprocess.Popen(command, shell=True, cwd=folder, env=environment() | lighter, start_new_session=True)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while True:
             assert server.poll() is None
             try:
@@ -198,7 +198,7 @@ def test_the_mlflow_command_serves_the_runs_as_it_is_printed_but_for_the_port(fi
                     assert answer.read() == b"OK"
                 break
             except (urllib.error.URLError, TimeoutError):
-                assert time.monotonic() < deadline, "no answer within 120 s"
+                assert time.monotonic() < deadline, "no answer within 300 s"
                 time.sleep(0.3)
     finally:
         server.terminate()

@@ -11,40 +11,27 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from online_draw import draw
 from tars import Tars
 from tiny_training import SHARD, Log, Stop, job, settings, shard
 
-from heliostat.data.config import DecodeConfig
 from heliostat.errors import DataError, TrackingError
 from heliostat.metrics import METRICS as KNOWN
 from heliostat.models.stored import read_backbone_files
 from heliostat.runtime.online import COLORS, PICTURE, LocalEvaluator, OnlineEvaluation
-from heliostat.runtime.online_images import DrawnImage, OnlineDraw
 from heliostat.runtime.panel import TrainingPanel
 from heliostat.runtime.progress import Progress
 from heliostat.runtime.trainer import TrainingRequest, train
 from heliostat.storage import LocalStore, Store
 from heliostat.tracking import NullRun, NullTracker
 from heliostat.training.engine import World
-from heliostat.training.run import TrainingJob, run_training
+from heliostat.training.run import run_training
 from heliostat.training.teacher_files import METRICS, folder_of, read_evaluations
 
 
 @pytest.fixture(scope="module")
 def tar() -> bytes:
     return shard()
-
-
-def draw(work: TrainingJob, *, with_labels: bool = True) -> OnlineDraw:
-    """All images of a job, as training images and as labelled ones of 17 classes."""
-    source = work.sources[0]
-    table = source.table
-    where = [(table.shard(row), int(table.offset[row]), int(table.length[row])) for row in range(table.num_images)]
-    training = tuple(DrawnImage(0, *one) for one in where)
-    labelled = tuple(DrawnImage(0, *one, label=f"class {row % 17:02d}") for row, one in enumerate(where))
-    return OnlineDraw(
-        (source.reader,), training, labelled if with_labels else (), training[:2], 32, 128, DecodeConfig(), "raw/x@1"
-    )
 
 
 @dataclass

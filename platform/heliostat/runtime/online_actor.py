@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -15,17 +16,17 @@ from heliostat.storage import Store
 from heliostat.training.run_config import OnlineConfig
 
 _RESTARTS = 3  # of the actor, when its node is lost or its memory is taken
-_COURTESY = 10  # niceness: whoever has no CPU of his own takes what the workers leave
+_COURTESY = 10  # niceness beyond that of Ray's workers: whoever has no CPU of his own takes what they leave
 
 
 class _Actor(LocalEvaluator):
     """Runs in a process of its own, so that it neither shares Python's lock nor torch's threads with a training worker."""
 
-    def __init__(self, draw: OnlineDraw, num_cpus: float, num_gpus: float) -> None:
+    def __init__(self, draw: "Sequence[ray.ObjectRef]", num_cpus: float, num_gpus: float) -> None:
         if num_cpus == 0:
             os.nice(_COURTESY)
         torch.set_num_threads(max(1, int(num_cpus)))
-        super().__init__(draw, "cuda" if num_gpus > 0 else "cpu")
+        super().__init__(ray.get(draw[0]), "cuda" if num_gpus > 0 else "cpu")
 
 
 class RayEvaluator:
@@ -44,7 +45,9 @@ class RayEvaluator:
             # The resources of the training workers are in a placement group, whose last CPU is taken.
             scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=None),
         )
-        self._actor: Any = actor.remote(draw, config.num_cpus, config.num_gpus)
+        # In a list, and held here: an argument that Ray itself put into its store can be gone when the actor is restarted.
+        self._draw = ray.put(draw)
+        self._actor: Any = actor.remote([self._draw], config.num_cpus, config.num_gpus)
         self._started = time.monotonic()
         self._placed = self._actor.__ray_ready__.remote()  # first in the actor's queue
         self._prepared = self._actor.prepare.remote()

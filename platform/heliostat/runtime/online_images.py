@@ -3,6 +3,7 @@
 The same images are drawn whatever the order of the data, the number of workers or the machine: those with the smallest hashes.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ from heliostat.runtime.stage_ingest import MANIFEST
 from heliostat.runtime.training_data import readable_rows
 from heliostat.training.recipe import TrainingConfig
 
+_PER_CLASS = 10  # labelled images at least, where a set has them: as many as neighbours vote
 _REQUESTS_AT_ONCE = 16  # to an object store, where one takes tens of milliseconds
 
 
@@ -46,7 +48,7 @@ class OnlineDraw:
     """Which images the evaluations of a run look at, and how large. Can be pickled; holds no pixel.
 
     image_size: side of the crops in pixels; picture_size: shorter side in pixels that pictures are decoded for at least;
-    what: the labelled artifact's name, empty without one.
+    what: the labelled artifact's name, empty without one; num_classes: how many classes it has.
     """
 
     readers: tuple[Reader, ...]
@@ -57,11 +59,13 @@ class OnlineDraw:
     picture_size: int
     decoding: DecodeConfig
     what: str = ""
+    num_classes: int = 0
 
     def line(self) -> str:
         """What is looked at, in one line."""
-        classes = len({one.label for one in self.labelled})
-        labelled = f"{len(self.labelled):,} of {self.what} ({classes} classes), " if self.labelled else ""
+        drawn = len({one.label for one in self.labelled})
+        classes = f"{drawn:,} classes" if drawn == self.num_classes else f"{drawn:,} of {self.num_classes:,} classes"
+        labelled = f"{len(self.labelled):,} of {self.what} ({classes}), " if self.labelled else ""
         no_labels = "" if self.labelled else "; no labels, so no k-NN and no probe"
         return f"{labelled}{len(self.training):,} of the training set{no_labels}"
 
@@ -86,8 +90,9 @@ def draw_images(context: Context, config: TrainingConfig, sources: Sequence[Imag
     training = _draw_training(sources, online.max_images // 2)
     artifact = _labelled(context, online.labelled)
     labelled: tuple[DrawnImage, ...] = ()
+    num_classes = 0
     if artifact is not None:
-        labelled = _draw_labelled(artifact, online.max_images - online.max_images // 2, len(readers))
+        labelled, num_classes = _draw_labelled(artifact, online.max_images - online.max_images // 2, len(readers))
         readers.append(ShardReader(artifact.files))
     whole = _pictures(context)
     pictures = training[: online.num_pictures]
@@ -104,6 +109,7 @@ def draw_images(context: Context, config: TrainingConfig, sources: Sequence[Imag
         PICTURE_PATCHES * patch,
         config.decode,
         str(artifact.ref) if artifact is not None else "",
+        num_classes,
     )
 
 
@@ -152,8 +158,11 @@ def smallest_hashes(ids_N32: NDArray[np.uint8], count: int) -> list[int]:
     return [int(row) for row in np.argsort(keys_N, kind="stable")]
 
 
-def _draw_labelled(artifact: Artifact, count: int, reader: int) -> tuple[DrawnImage, ...]:
-    """Images of every class in turn, each class in the order of its hashes, until there are `count`."""
+def _draw_labelled(artifact: Artifact, count: int, reader: int) -> tuple[tuple[DrawnImage, ...], int]:
+    """Images of every class in turn, each class in the order of its hashes, until there are `count`; and all classes' number.
+
+    Of more classes than leave `_PER_CLASS` images to each, those are taken whose names have the smallest hashes.
+    """
     manifest = manifest_from_bytes(artifact.files.read(MANIFEST))
     manifest = manifest.filter(pc.greater(manifest["width"], 0)).sort_by("id")
     labels = manifest["label"].to_pylist()
@@ -163,14 +172,18 @@ def _draw_labelled(artifact: Artifact, count: int, reader: int) -> tuple[DrawnIm
             f"{missing} of {len(labels)} images of {artifact.ref} have no label; lay images in one folder per class, or set "
             "online.enabled=false"
         )
-    drawn = _of_rows(manifest.take(pa.array(rows_in_turn(labels, count), pa.int64())), reader)
+    names = sorted(set(labels), key=lambda name: hashlib.sha256(name.encode()).digest())
+    taken = set(names[: max(2, count // _PER_CLASS)])
+    rows = [row for row, label in enumerate(labels) if label in taken]
+    in_turn = [rows[number] for number in rows_in_turn([labels[row] for row in rows], count)]
+    drawn = _of_rows(manifest.take(pa.array(in_turn, pa.int64())), reader)
     counts = [sum(one.label == label for one in drawn) for label in {one.label for one in drawn}]
     if sum(number >= 2 for number in counts) < 2:
         raise DataError(
             f"{len(drawn)} images of {artifact.ref} have {len(counts)} classes; k-NN and probe need 2 classes of 2 images or "
             "more: add images, raise online.max_images or set online.enabled=false"
         )
-    return drawn
+    return drawn, len(names)
 
 
 def rows_in_turn(labels: Sequence[str], count: int) -> list[int]:

@@ -1,5 +1,6 @@
 """What a person sees of a training run: a panel of a few lines on a terminal, one plain line now and then elsewhere."""
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -43,6 +44,7 @@ class TrainingPanel:
     def __init__(self, progress: Progress, total: int, names: Mapping[str, str]) -> None:
         self._progress, self._total, self._names = progress, total, names
         self._networks = {name: _Network() for name in names}
+        self._lock = threading.RLock()  # evaluations report from a thread of their own
 
     def __enter__(self) -> Self:
         return self
@@ -60,16 +62,17 @@ class TrainingPanel:
 
     def update(self, name: str, metrics: Mapping[str, float], step: int) -> None:
         """Take metrics of a step, of the training or of an evaluation of earlier weights."""
-        network = self._networks[name]
-        network.take(metrics, step)
-        if self._progress.is_live:
-            if self._progress.is_due():
-                self._progress.draw(self.lines())
-        elif step in network.evaluated and "train/step" not in metrics:
-            prefix = f"{name}: " if name else ""
-            self._progress.say(f"  {prefix}step {step}: teacher {evaluation_text(network.evaluated[step])}")
-        else:
-            self._progress.update(self._plain(name, network))
+        with self._lock:
+            network = self._networks[name]
+            network.take(metrics, step)
+            if self._progress.is_live:
+                if self._progress.is_due():
+                    self._progress.draw(self.lines())
+            elif _RANKME in metrics:
+                prefix = f"{name}: " if name else ""
+                self._progress.say(f"  {prefix}step {step}: teacher {evaluation_text(metrics)}")
+            elif "train/step" in metrics:
+                self._progress.update(self._plain(name, network))
 
     def _plain(self, name: str, network: _Network) -> str:
         newest = network.evaluated[max(network.evaluated)] if network.evaluated else {}
