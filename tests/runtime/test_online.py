@@ -24,9 +24,9 @@ from heliostat.runtime.progress import Progress
 from heliostat.runtime.trainer import TrainingRequest, train
 from heliostat.storage import LocalStore, Store
 from heliostat.tracking import NullRun, NullTracker
-from heliostat.training.engine import World
-from heliostat.training.run import run_training
+from heliostat.training.run import Watch, run_training
 from heliostat.training.teacher_files import METRICS, folder_of, read_evaluations
+from heliostat.training.world import World
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def online_records(log: Log) -> dict[int, dict[str, float]]:
 def test_every_point_of_a_run_has_metrics_a_picture_and_a_record_of_its_own_step(tmp_path: Path, tar: bytes) -> None:
     work, log, run = job(tmp_path, settings("online.every_steps=3"), tar), Log(), FileLog()
     with evaluation(LocalEvaluator(draw(work)), tmp_path, log, run) as evaluate:
-        run_training(work, World(), log.report, log.said.append, evaluate=evaluate)
+        run_training(work, World(), log.report, log.said.append, watch=Watch(evaluate))
     files = LocalStore(tmp_path)
     found = read_evaluations(files)
     assert list(found) == [3, 6, 8]
@@ -110,7 +110,7 @@ def test_it_judges_the_weights_of_the_point_and_not_later_ones(tmp_path: Path, t
 
     work, log = job(tmp_path, settings("optim.lr=0.05", "online.every_steps=4"), tar), Log()
     with evaluation(LocalEvaluator(draw(work)), tmp_path, log) as evaluate:
-        run_training(work, World(), log.report, log.said.append, evaluate=evaluate)
+        run_training(work, World(), log.report, log.said.append, watch=Watch(evaluate))
     found = read_evaluations(LocalStore(tmp_path))
     images = decode_drawn(draw(work), print)
     for step in (4, 8):
@@ -122,7 +122,7 @@ def test_it_judges_the_weights_of_the_point_and_not_later_ones(tmp_path: Path, t
 def test_the_weights_of_a_run_do_not_depend_on_its_evaluations(tmp_path: Path, tar: bytes) -> None:
     work, log = job(tmp_path / "judged", settings(), tar), Log()
     with evaluation(LocalEvaluator(draw(work)), tmp_path / "judged", log) as evaluate:
-        run_training(work, World(), log.report, log.said.append, evaluate=evaluate)
+        run_training(work, World(), log.report, log.said.append, watch=Watch(evaluate))
     plain = job(tmp_path / "plain", settings(), tar)
     run_training(plain, World(), log.report, log.said.append)
     for name in ("backbone.safetensors", "heads.safetensors", "history.jsonl"):
@@ -200,7 +200,7 @@ def test_a_run_that_ends_with_an_error_does_not_wait(tmp_path: Path) -> None:
 def test_a_resumed_run_evaluates_what_was_left_and_nothing_twice(tmp_path: Path, tar: bytes) -> None:
     whole, log = job(tmp_path / "whole", settings(), tar), Log()
     with evaluation(LocalEvaluator(draw(whole)), tmp_path / "whole", log) as evaluate:
-        run_training(whole, World(), log.report, log.said.append, evaluate=evaluate)
+        run_training(whole, World(), log.report, log.said.append, watch=Watch(evaluate))
 
     work = job(tmp_path / "cut", settings(), tar)
 
@@ -210,7 +210,7 @@ def test_a_resumed_run_evaluates_what_was_left_and_nothing_twice(tmp_path: Path,
 
     held = Waiting()
     with pytest.raises(Stop), evaluation(held, tmp_path / "cut", log) as evaluate:
-        run_training(work, World(), stop, log.said.append, evaluate=evaluate)
+        run_training(work, World(), stop, log.said.append, watch=Watch(evaluate))
     held.go.set()
     judged = LocalStore(tmp_path / "cut").child(folder_of(2))
     judged.put(METRICS, LocalStore(tmp_path / "whole").read(f"{folder_of(2)}/{METRICS}"))
@@ -218,7 +218,7 @@ def test_a_resumed_run_evaluates_what_was_left_and_nothing_twice(tmp_path: Path,
         judged.put(name, LocalStore(tmp_path / "whole").read(f"{folder_of(2)}/{name}"))
     again = Log()
     with evaluation(LocalEvaluator(draw(work)), tmp_path / "cut", again) as evaluate:
-        run_training(work, World(), again.report, again.said.append, evaluate=evaluate)
+        run_training(work, World(), again.report, again.said.append, watch=Watch(evaluate))
     assert list(online_records(again)) == [4, 6, 8]
     left, right = (LocalStore(tmp_path / name) for name in ("cut", "whole"))
     for entry in right.list("teacher/"):
@@ -260,7 +260,7 @@ def test_images_that_cannot_be_read_fail_every_evaluation_and_not_the_run(tmp_pa
     lost = replace(draw(work), readers=(Tars({SHARD: b""}),))
     log = Log()
     with evaluation(LocalEvaluator(lost), tmp_path, log) as evaluate:
-        summary = run_training(work, World(), log.report, log.said.append, evaluate=evaluate)
+        summary = run_training(work, World(), log.report, log.said.append, watch=Watch(evaluate))
     assert summary["steps"] == 8
     assert sum("failed, the training goes on" in line for line in log.said) == 4
     assert json.loads(LocalStore(tmp_path).read("model.json"))["steps"] == 8

@@ -20,10 +20,10 @@ from heliostat.runtime.online import PICTURE, LocalEvaluator, OnlineEvaluation
 from heliostat.runtime.session import open_session
 from heliostat.storage import LocalStore
 from heliostat.tracking import NullRun, NullTracker
-from heliostat.training.engine import World
-from heliostat.training.run import run_training
+from heliostat.training.run import Watch, run_training
 from heliostat.training.run_config import OnlineConfig
 from heliostat.training.teacher_files import folder_of, read_evaluations
+from heliostat.training.world import World
 
 pytestmark = [
     pytest.mark.ray,
@@ -58,7 +58,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory, tar: bytes) -> LocalStore:
     outputs, runs = {"": LocalStore(folder)}, {"": NullRun()}
     evaluator = LocalEvaluator(draw(work))
     with OnlineEvaluation(evaluator, outputs, runs=runs, report=log.report, notify=log.said.append) as evaluate:
-        run_training(work, World(), log.report, log.said.append, evaluate=evaluate)
+        run_training(work, World(), log.report, log.said.append, watch=Watch(evaluate))
     return LocalStore(folder)
 
 
