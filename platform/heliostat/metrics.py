@@ -67,6 +67,28 @@ _TABLE = (
         "train/kl_to_teacher", "nats", "divergence of the student from its targets, mean over the global pairs: 0 all learnt"
     ),
     Metric("train/collapse_signs", "1", "signs of collapse after the warm-ups: 0 healthy", live=True),
+    Metric("train/mfu", "1", "share of the devices' dense bfloat16 peak that the step's model FLOPs take, where it is known"),
+    Metric("train/memory_bytes", "bytes", "most memory of the main rank: allocated on its GPU, else resident"),
+    Metric("train/eta_seconds", "s", "time to the last step at the speed of the newest record"),
+    Metric(
+        "online/knn_accuracy",
+        "1",
+        "weighted k-NN top-1 accuracy of the teacher, each labelled image judged by its 10 nearest among all the others",
+    ),
+    Metric(
+        "online/linear_accuracy",
+        "1",
+        "linear probe top-1 accuracy of the teacher: one half of each class by content hash trains it, the other is scored",
+    ),
+    Metric(
+        "online/rankme", "1", "effective rank of the teacher's cls tokens on images of the training set, 1 to images or width"
+    ),
+    Metric(
+        "online/feature_std",
+        "1",
+        "standard deviation of the teacher's L2-normalised cls tokens times sqrt(width): 1 spread out, 0 collapsed",
+    ),
+    Metric("online/failures", "evaluations", "evaluations while training that failed; the training goes on without them"),
     Metric("crawl/urls", "urls", "distinct URLs that the crawl planned to fetch"),
     Metric("crawl/images", "images", "images that the crawl brought, repeated ones included"),
     Metric("crawl/tasks_done", "tasks", "download tasks whose shards and fetch log are complete", live=True),

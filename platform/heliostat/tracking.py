@@ -4,11 +4,14 @@ A `Tracker` opens runs; a `Run` receives metrics, files and tags. `NullTracker` 
 database: the driver opens the run and hands its id on, and the workers `attach` to it.
 """
 
+import contextlib
 import logging
 import os
 import re
+import shlex
 import shutil
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -23,6 +26,7 @@ from heliostat.config import StrictModel, flatten
 from heliostat.errors import TrackingError
 from heliostat.storage import LocalStore, Store
 
+_IMPORTING = threading.Lock()
 _PARAM_LIMIT = 6000  # characters; MLflow 3 refuses values past 8,000
 
 
@@ -101,13 +105,15 @@ class NullTracker:
 
 def _client(uri: str) -> Any:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    with warnings.catch_warnings():  # MLflow 3.17 warns about its own dependencies while it is imported
-        warnings.simplefilter("ignore")
+    with _IMPORTING, contextlib.ExitStack() as stack:
+        if "mlflow" not in sys.modules:  # once, for the filters of warnings are shared between threads
+            stack.enter_context(warnings.catch_warnings())  # MLflow 3.17 warns about its own dependencies while it is imported
+            warnings.simplefilter("ignore")
         import mlflow
 
         for name in ("mlflow.store.db.utils", "alembic"):  # they tell of every table they create
             logging.getLogger(name).setLevel(logging.WARNING)
-        return mlflow.MlflowClient(tracking_uri=uri)
+    return mlflow.MlflowClient(tracking_uri=uri)
 
 
 @dataclass(frozen=True)
@@ -248,7 +254,16 @@ def ui_command(uri: str) -> str:
         return "(tracking is off)"
     if not uri.startswith("sqlite"):
         return f"open {_without_password(uri)}"
-    script = Path(sys.executable).with_name("mlflow")
+    return f"{program('mlflow')} ui --backend-store-uri {shlex.quote(uri)} --port 5000"
+
+
+def shown_uri(uri: str) -> str:
+    """A tracking URI as it may be printed: without user and password."""
+    return _without_password(uri)
+
+
+def program(name: str) -> str:
+    """How a shell here calls a program that is installed beside this Python: by its name where that finds it."""
+    script = Path(sys.executable).with_name(name)
     near = os.path.relpath(script)
-    name = "mlflow" if shutil.which("mlflow") == str(script) else str(script) if near.startswith("..") else near
-    return f"{name} ui --backend-store-uri {uri} --port 5000"
+    return name if shutil.which(name) == str(script) else shlex.quote(str(script) if near.startswith("..") else near)

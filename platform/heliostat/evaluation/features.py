@@ -21,6 +21,16 @@ def resize_all(images: Sequence[NDArray[np.uint8]], size: int) -> NDArray[np.uin
     return resized
 
 
+def centre_crop(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """The middle of an RGB image of any shape as uint8 (size, size, 3), its shorter side resized to `size`: no squeezing."""
+    height, width = image.shape[:2]
+    scale = size / min(height, width)
+    new = (max(size, round(width * scale)), max(size, round(height * scale)))
+    resized = cv2.resize(image, new, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+    top, left = (resized.shape[0] - size) // 2, (resized.shape[1] - size) // 2
+    return np.asarray(resized[top : top + size, left : left + size], np.uint8)
+
+
 def to_grey(images_NHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Luminance in three equal channels, uint8 (N, H, W, 3): what is left when colour is no help."""
     weights = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601

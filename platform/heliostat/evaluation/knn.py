@@ -42,12 +42,23 @@ def knn_predict(
     bank_ND: NDArray[np.float32], labels_N: NDArray[np.int64], queries_QD: NDArray[np.float32], config: KnnConfig
 ) -> NDArray[np.int64]:
     """Predicted class of each query, int64 (Q,): the class with the largest sum of exp(similarity / temperature)."""
-    similarities_QK, rows_QK = nearest(bank_ND, queries_QD, config.neighbors)
+    return _vote(*nearest(bank_ND, queries_QD, config.neighbors), labels_N, config)
+
+
+def _vote(
+    similarities_QK: NDArray[np.float32], rows_QK: NDArray[np.int64], labels_N: NDArray[np.int64], config: KnnConfig
+) -> NDArray[np.int64]:
     weights_QK = np.exp((similarities_QK - 1.0) / config.temperature)  # similarity <= 1: cannot overflow
-    votes_QC = np.zeros((len(queries_QD), int(labels_N.max()) + 1))
-    for column in range(config.neighbors):
-        np.add.at(votes_QC, (np.arange(len(queries_QD)), labels_N[rows_QK[:, column]]), weights_QK[:, column])
+    votes_QC = np.zeros((len(rows_QK), int(labels_N.max()) + 1))
+    for column in range(rows_QK.shape[1]):
+        np.add.at(votes_QC, (np.arange(len(rows_QK)), labels_N[rows_QK[:, column]]), weights_QK[:, column])
     return np.asarray(votes_QC.argmax(axis=1), dtype=np.int64)
+
+
+def leave_one_out_accuracy(features_ND: NDArray[np.float32], labels_N: NDArray[np.int64], *, config: KnnConfig) -> float:
+    """Top-1 accuracy in 0..1 where each image is judged by all the others: no image is spared for a bank."""
+    found = nearest(features_ND, features_ND, config.neighbors, exclude_self=True)
+    return float((_vote(*found, labels_N, config) == labels_N).mean())
 
 
 def knn_accuracy(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import permutations
 
 import cv2
 import numpy as np
@@ -47,28 +48,47 @@ def patch_tokens(
     return found
 
 
-def pca_colors(tokens: Sequence[PatchTokens]) -> list[Pixels]:
+def pca_colors(tokens: Sequence[PatchTokens], before_T3: Pixels | None = None) -> list[Pixels]:
     """The first three principal components over all images together, as RGB: one uint8 (rows, columns, 3) picture each.
 
     Components are stretched from their 2nd to their 98th percentile; their signs are fixed by making the largest loading
-    positive, so that the same tokens give the same colours.
+    positive, so that the same tokens give the same colours. before_T3: the colours that the same patches had in an earlier
+    picture, uint8 (T, 3) in the order of the images; order and signs are then those that agree with it best, so that pictures
+    of one network at successive steps can be laid side by side.
     """
     if not tokens:
         return []
-    joined_TD = np.concatenate([one.tokens_PD for one in tokens]).astype(np.float64)
-    if joined_TD.shape[1] < 3:
-        raise DataError(f"principal components need a width of 3 or more, the tokens have {joined_TD.shape[1]}")
-    mean_D = joined_TD.mean(axis=0)
-    _, vectors_DD = np.linalg.eigh(np.cov(joined_TD - mean_D, rowvar=False))
+    projected_T3 = _principal_components(np.concatenate([one.tokens_PD for one in tokens]).astype(np.float64))
+    if before_T3 is not None:
+        projected_T3 = _aligned(projected_T3, before_T3)
+    low_3, high_3 = np.percentile(projected_T3, [2, 98], axis=0)
+    colors_T3 = np.rint(np.clip((projected_T3 - low_3) / np.maximum(high_3 - low_3, 1e-12), 0, 1) * 255).astype(np.uint8)
+    ends = np.cumsum([len(one.tokens_PD) for one in tokens])[:-1]
+    return [colors_P3.reshape(*one.grid, 3) for colors_P3, one in zip(np.split(colors_T3, ends), tokens, strict=True)]
+
+
+def _principal_components(tokens_TD: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Projections (T, 3) on the three directions of largest variance, the largest first."""
+    if tokens_TD.shape[1] < 3:
+        raise DataError(f"principal components need a width of 3 or more, the tokens have {tokens_TD.shape[1]}")
+    centred_TD = tokens_TD - tokens_TD.mean(axis=0)
+    _, vectors_DD = np.linalg.eigh(np.cov(centred_TD, rowvar=False))
     axes_D3 = vectors_DD[:, ::-1][:, :3]
     axes_D3 = axes_D3 * np.sign(axes_D3[np.abs(axes_D3).argmax(axis=0), np.arange(3)])
-    projected_T3 = (joined_TD - mean_D) @ axes_D3
-    low_3, high_3 = np.percentile(projected_T3, [2, 98], axis=0)
-    pictures = []
-    for one in tokens:
-        values = ((one.tokens_PD - mean_D) @ axes_D3 - low_3) / np.maximum(high_3 - low_3, 1e-12)
-        pictures.append(np.rint(np.clip(values, 0, 1) * 255).astype(np.uint8).reshape(*one.grid, 3))
-    return pictures
+    return np.asarray(centred_TD @ axes_D3, np.float64)
+
+
+def _aligned(projected_T3: NDArray[np.float64], before_T3: Pixels) -> NDArray[np.float64]:
+    """The components in the order, and with the signs, whose correlations with earlier colours have the largest sum."""
+    ours_T3, theirs_T3 = (_standardised(values.astype(np.float64)) for values in (projected_T3, before_T3))
+    correlation_33 = ours_T3.T @ theirs_T3 / len(projected_T3)  # [ours, channel of the earlier picture]
+    order = list(max(permutations(range(3)), key=lambda order: np.abs(correlation_33[list(order), range(3)]).sum()))
+    signs_3 = np.where(correlation_33[order, range(3)] < 0, -1.0, 1.0)
+    return np.asarray(projected_T3[:, order] * signs_3, np.float64)
+
+
+def _standardised(values_T3: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray((values_T3 - values_T3.mean(axis=0)) / np.maximum(values_T3.std(axis=0), 1e-12), np.float64)
 
 
 def _tile(image: Pixels, side: int) -> Pixels:

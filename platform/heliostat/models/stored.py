@@ -11,16 +11,17 @@ from collections.abc import Mapping
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
-from heliostat.artifacts import Artifact
+from heliostat.artifacts import Artifact, ArtifactRef, ArtifactStore
 from heliostat.config import StrictModel, validate
 from heliostat.errors import CheckpointError
 from heliostat.models.config import BackboneConfig, HeadConfig
 from heliostat.models.names import from_fair_names, to_fair_names
 from heliostat.models.vit import VisionTransformer
 from heliostat.models.weights import load_state
-from heliostat.storage import Store
+from heliostat.storage import Store, open_store
 
 MODEL_JSON = "model.json"
 BACKBONE = "backbone.safetensors"
@@ -83,9 +84,14 @@ def read_info(model: Artifact) -> ModelInfo:
 
 
 def read_backbone_files(files: Store, what: str) -> tuple[VisionTransformer, ModelInfo]:
-    """The backbone below a store, in evaluation mode on the CPU; `what` names it in errors."""
+    """The backbone below a store, in evaluation mode on the CPU; `what` names it in errors.
+
+    Nothing is drawn: torch's generator belongs to the training, which may go on in another thread.
+    """
     info = validate(ModelInfo, json.loads(files.read(MODEL_JSON)), f"{what}/{MODEL_JSON}")
-    backbone = VisionTransformer(info.backbone)
+    with torch.device("meta"):
+        backbone = VisionTransformer(info.backbone)
+    backbone.to_empty(device="cpu")
     state = tensors_from_bytes(files.read(BACKBONE), f"{what}/{BACKBONE}")
     load_state(backbone, from_fair_names(state), f"{what}/{BACKBONE}")
     return backbone.eval().requires_grad_(False), info
@@ -94,6 +100,11 @@ def read_backbone_files(files: Store, what: str) -> tuple[VisionTransformer, Mod
 def read_backbone(model: Artifact) -> tuple[VisionTransformer, ModelInfo]:
     """The backbone of a model artifact, in evaluation mode on the CPU."""
     return read_backbone_files(model.files, str(model.ref))
+
+
+def open_backbone(name: str, *, store: str = "./heliostat-store") -> tuple[VisionTransformer, ModelInfo]:
+    """The backbone of `model/name@version` in a store, in evaluation mode on the CPU. Raises ArtifactNotFoundError."""
+    return read_backbone(ArtifactStore(open_store(store)).load(ArtifactRef.parse(name)))
 
 
 def read_states(model: Artifact) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -8,11 +8,13 @@ from heliostat.artifacts import Artifact, ArtifactRef, Draft
 from heliostat.data.quarantine import QUARANTINE, Rejection, quarantine_to_bytes
 from heliostat.errors import DataError
 from heliostat.models.stored import teacher_state
+from heliostat.runtime.banner import TrainingFacts, indented, training_banner
+from heliostat.runtime.online_images import draw_images
 from heliostat.runtime.pipelines import Context, Plan, Summary, config_of, make_together
 from heliostat.runtime.trainer import TrainingRequest, train
 from heliostat.runtime.training_data import TrainingData, training_data
 from heliostat.runtime.weights import WeightSource, open_weights
-from heliostat.tracking import Run
+from heliostat.tracking import Run, shown_uri
 from heliostat.training.checkpoint import read_rejections
 from heliostat.training.recipe import (
     DistillConfig,
@@ -170,15 +172,27 @@ def _train(
             context.need_ray()
         own = _only(config, opened)
         sources = images.sources()
-        for line in describe_training(own, sum(source.table.num_images for source in sources)):
-            context.progress.say(f"          {line}")
         stores = {name: draft.files for name, (draft, _) in opened.items()}
         weights = {name: one for name, one in start().items() if name in opened}
         run_ids = {f"tracker_run{f'.{name}' if name else ''}": run.id for name, (_, run) in opened.items()}
         job = TrainingJob(own, sources, next(iter(stores.values())), _frozen(teacher), weights, stores, labels=run_ids)
         artifacts = {name: str(draft.ref) for name, (draft, _) in opened.items()}
         runs = {name: run for name, (_, run) in opened.items()}
-        request = TrainingRequest(artifacts, job, context.tracker, {name: run.id for name, run in runs.items()})
+        online = draw_images(context, own, sources)
+        data = {str(one.ref): source.table.num_images for one, source in zip(images.artifacts, sources, strict=True)}
+        facts = TrainingFacts(
+            config=own,
+            artifacts=artifacts,
+            data=data,
+            places={name: store.uri for name, store in stores.items()},
+            tracker=shown_uri(context.tracker.uri),
+            evaluation=online.line() if online is not None else "",
+            teacher=teacher.config if teacher is not None else None,
+            teacher_name=teacher.what if teacher is not None else "",
+        )
+        for line in indented(training_banner(facts)):
+            context.progress.say(line)
+        request = TrainingRequest(artifacts, job, context.tracker, {name: run.id for name, run in runs.items()}, online)
         summary = train(request, runs, context.progress)
         rejections = images.named(read_rejections(job.files))
         if rejections:
@@ -215,15 +229,3 @@ def _summary(config: TrainingConfig, summary: dict[str, Any], name: str, num_tur
     counts = {"steps": config.train.steps, "images_seen": config.train.steps * config.train.global_batch_size}
     bad = {"images_turned_away": num_turned_away} if num_turned_away else {}
     return Summary(counts | bad, summary["metrics"][name])
-
-
-def describe_training(config: TrainingConfig, num_images: int) -> list[str]:
-    """One line for each network: what is trained on how much, where."""
-    train = config.train
-    epochs = train.steps * train.global_batch_size / max(num_images, 1)
-    where = f"{config.scaling.num_workers} workers" if config.scaling.num_workers else "this process"
-    return [
-        f"{f'{name}: ' if name else ''}{student.arch} {student.embed_dim}x{student.depth} patch {student.patch_size}: "
-        f"{train.steps:,} steps of {train.global_batch_size} images from {num_images:,} ({epochs:.1f} epochs), {where}"
-        for name, student in config.backbones.items()
-    ]

@@ -21,10 +21,15 @@ from heliostat.errors import HeliostatError, NonFiniteLossError, PreemptedError,
 from heliostat.runtime.cluster_room import check_room
 from heliostat.runtime.elastic import usable_world
 from heliostat.runtime.interrupt import StopFlag, run_interruptible
-from heliostat.runtime.progress import Progress, training_line
+from heliostat.runtime.online import LocalEvaluator, open_evaluation
+from heliostat.runtime.online_actor import RayEvaluator
+from heliostat.runtime.online_images import OnlineDraw
+from heliostat.runtime.panel import TrainingPanel
+from heliostat.runtime.progress import Progress
 from heliostat.runtime.relay import Relay, Watcher
 from heliostat.runtime.spot_notice import SpotNotice
 from heliostat.runtime.worker_watch import WorkerWatch
+from heliostat.storage import Store
 from heliostat.tracking import Run, Tracker
 from heliostat.training.loop import Ask
 from heliostat.training.run import LoaderFactory, TrainingJob, Watch, in_threads, run_training
@@ -39,6 +44,12 @@ class TrainingRequest:
     job: TrainingJob
     tracker: Tracker
     run_ids: Mapping[str, str]
+    online: OnlineDraw | None = None
+    """The images of evaluations while training; None evaluates nothing."""
+
+    def outputs(self) -> Mapping[str, Store]:
+        """Where each network's files go, by name."""
+        return self.job.outputs or dict.fromkeys(self.artifacts, self.job.files)
 
     def label(self) -> str:
         """The artifacts in one word."""
@@ -50,18 +61,19 @@ def train(request: TrainingRequest, runs: Mapping[str, Run], progress: Progress)
 
     A first SIGINT or SIGTERM makes it write a checkpoint and raise PreemptedError, a second one interrupts at once.
     """
+    panel = TrainingPanel(progress, request.job.config.train.steps, request.artifacts)
     if request.job.config.scaling.num_workers == 0:
-        return _train_here(request, runs, progress)
-    total = request.job.config.train.steps
+        with panel:
+            return _train_here(request, runs, progress, panel)
     names = {artifact: name for name, artifact in request.artifacts.items()}
 
     def show(source: str, metrics: dict[str, float], step: int) -> None:
         if step < 0:
             progress.say(f"  {source}")
         else:
-            progress.update(_line(names[source], metrics, step, total), final=step == total)
+            panel.update(names[source], metrics, step)
 
-    with Watcher(Relay(), show) as relay:
+    with panel, Watcher(Relay(), show) as relay:
         while True:
             summary = _fit(request, relay, progress)
             if "stopped" not in summary:
@@ -73,19 +85,18 @@ def train(request: TrainingRequest, runs: Mapping[str, Run], progress: Progress)
             time.sleep(wait_seconds)
 
 
-def _line(model: str, metrics: Mapping[str, float], step: int, total: int) -> str:
-    return (f"{model}: " if model else "") + training_line(metrics, step, total)
-
-
-def _train_here(request: TrainingRequest, runs: Mapping[str, Run], progress: Progress) -> dict[str, Any]:
-    total = request.job.config.train.steps
-
+def _train_here(request: TrainingRequest, runs: Mapping[str, Run], progress: Progress, panel: TrainingPanel) -> dict[str, Any]:
     def report(metrics: Mapping[str, float], step: int, model: str = "") -> None:
         runs[model].log_metrics(metrics, step)
-        progress.update(_line(model, metrics, step, total))
+        panel.update(model, metrics, step)
 
-    with StopFlag(lambda: progress.say(f"  {_STOPPING}")) as flag:
-        watch = Watch(asked=lambda: Ask.STOP if flag.is_set() else Ask.GO_ON)
+    with (
+        StopFlag(lambda: progress.say(f"  {_STOPPING}")) as flag,
+        open_evaluation(
+            LocalEvaluator, request.online, request.outputs(), runs=runs, report=report, notify=progress.say
+        ) as evaluate,
+    ):
+        watch = Watch(evaluate, asked=lambda: Ask.STOP if flag.is_set() else Ask.GO_ON)
         return run_training(request.job, World(), report, progress.say, watch=watch)
 
 
@@ -189,9 +200,14 @@ def _worker(parameters: dict[str, Any]) -> dict[str, Any]:
     watching = WorkerWatch(
         relay, request.label(), world.rank, stall_seconds=scaling.collective_timeout_seconds, spot=spot
     ).start()
-    watch = Watch(asked=watching.asked, mark=watching.mark)
+    make_evaluator = partial(
+        RayEvaluator, config=job.config.online, start_timeout_seconds=job.config.scaling.start_timeout_seconds
+    )
+    online = request.online if world.is_main else None
     try:
-        return run_training(job, world, report, notify, open_loader=open_loader, watch=watch)
+        with open_evaluation(make_evaluator, online, request.outputs(), runs=runs, report=report, notify=notify) as evaluate:
+            watch = Watch(evaluate, asked=watching.asked, mark=watching.mark)
+            return run_training(job, world, report, notify, open_loader=open_loader, watch=watch)
     except PreemptedError as stop:
         return {"stopped": str(stop)}
     except HeliostatError as error:

@@ -17,7 +17,6 @@ from heliostat.runtime.progress import Progress
 from heliostat.runtime.recipe import SETS, Recipe, read_recipe, scope_overrides
 from heliostat.runtime.weight_names import names_artifact, weights_path
 from heliostat.storage import open_store
-from heliostat.tracking import ui_command
 
 if TYPE_CHECKING:
     from heliostat.runtime.own_images import Choice
@@ -125,6 +124,8 @@ def run_recipe(name: str, overrides: Sequence[str], *, stage: str = "", dry_run:
             print(line)
         return
     _check_weights(recipe, stages)
+    from heliostat.runtime.end_block import end_lines
+
     progress = Progress()
     for choice in choices:
         progress.say(f"chosen: {choice.what}  ({choice.why})")
@@ -137,6 +138,9 @@ def run_recipe(name: str, overrides: Sequence[str], *, stage: str = "", dry_run:
     progress.say(f"finished in {time.monotonic() - started:.0f} s")
     if last is not None:
         _print_end(context, last)
+        said = overrides if stage and not choices else ()
+        for line in end_lines(context, last, recipe_name="" if choices else name, stage=stage, overrides=said):
+            progress.say(line)
 
 
 def _check_publish(recipe: Recipe) -> None:
@@ -239,7 +243,7 @@ def run_stage(context: Context, stage: str) -> Artifact:
 
 
 def _print_end(context: Context, last: Artifact) -> None:
-    """The lineage of the last artifact, and commands that work as they stand."""
+    """The lineage of the last artifact, and where its files are."""
     say = context.progress.say
     say()
     for line in render_lineage(lineage(context.artifacts, last.ref)):
@@ -249,7 +253,7 @@ def _print_end(context: Context, last: Artifact) -> None:
     if report is not None:
         say(f"report:  {_near(report.files.uri)}/report.html")
     say(f"files:   {_near(last.files.uri)}")
-    say(f"MLflow:  {ui_command(context.tracker.uri)}")
+    say()
 
 
 def _near(uri: str) -> str:

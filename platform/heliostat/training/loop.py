@@ -37,6 +37,7 @@ from heliostat.training.recipe import PretrainConfig, TrainingConfig
 from heliostat.training.schedules import StepValues, step_values
 from heliostat.training.step import StepResult, train_step
 from heliostat.training.teacher_files import is_evaluation_point, model_info, write_teacher
+from heliostat.training.throughput import use_of_hardware
 from heliostat.training.world import World
 
 AnyMethod = SelfDistillation | Distillation
@@ -293,8 +294,17 @@ def _timings(trainer: Trainer, state: LoopState) -> dict[str, float]:
     statistics = trainer.loader.statistics()
     now = time.perf_counter()
     seconds = max(now - state.window_started, 1e-9)
-    timings = {
-        "train/images_per_second": state.window_images / seconds,
+    speed = state.window_images / seconds
+    use = use_of_hardware(
+        trainer.config,
+        step=state.step,
+        images_per_second=speed,
+        num_workers=trainer.world.size,
+        device=trainer.world.device,
+        teacher=trainer.method.teacher.backbone.config if isinstance(trainer.method, Distillation) else None,
+    )
+    timings = use | {
+        "train/images_per_second": speed,
         "train/data_wait_ratio": min(1.0, (statistics.data_wait_seconds - state.window_wait_seconds) / seconds),
         "train/bytes_per_second": (statistics.bytes - state.window_bytes) / seconds,
         "train/storage_retries": float(storage_statistics().retries),

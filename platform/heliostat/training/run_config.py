@@ -32,6 +32,8 @@ class ScalingConfig(StrictModel):
     """Logical CPUs that Ray reserves per worker."""
     threads_per_worker: int = Field(default=1, ge=1)
     """Threads that torch uses in a worker; more of them change float32 sums in the last bit."""
+    peak_tflops: float = Field(default=0.0, ge=0)
+    """Dense bfloat16 peak of one worker's device in TFLOP/s, for train/mfu; 0 takes that of a known GPU, and none for CPUs."""
     max_failures: int = Field(default=2, ge=0)
     """How often a lost worker group is restarted from its newest checkpoint."""
     start_timeout_seconds: int = Field(default=120, ge=1)

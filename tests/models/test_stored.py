@@ -1,0 +1,27 @@
+"""Reading a model back: the same weights, and nothing drawn at random on the way."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from random_backbone import difference, random_backbone, random_images, random_model, tiny_config
+
+from heliostat.errors import ArtifactNotFoundError
+from heliostat.models.stored import open_backbone
+
+
+def test_a_model_is_opened_by_its_name_with_the_weights_that_were_stored(tmp_path: Path) -> None:
+    config = tiny_config("swiglu_registers")
+    random_model(tmp_path, config)
+    state = torch.get_rng_state()
+    backbone, info = open_backbone("model/tiny@1", store=str(tmp_path))
+    torch.testing.assert_close(torch.get_rng_state(), state, rtol=0, atol=0)
+    assert info.backbone == config
+    assert difference(backbone, random_backbone(config), random_images(config)) == 0
+    assert not backbone.training
+    assert not any(parameter.requires_grad for parameter in backbone.parameters())
+
+
+def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactNotFoundError, match="model/other@1"):
+        open_backbone("model/other@1", store=str(tmp_path))
