@@ -20,11 +20,10 @@ from heliostat.artifacts import (
     ArtifactStore,
     Draft,
     compute_fingerprint,
-    lineage,
-    render_lineage,
     verify,
 )
 from heliostat.errors import ArtifactConflictError, ArtifactError, ArtifactNotFoundError, ObjectNotFoundError, UsageError
+from heliostat.lineage import lineage, render_lineage
 from heliostat.storage import LocalStore, ObjectInfo, Store, open_store
 
 SOURCE_ROOT = str(Path(heliostat.__file__).parents[1])

@@ -17,7 +17,7 @@ def test_every_name_is_listed_once_and_stays_unique_for_prometheus() -> None:
 
 @pytest.mark.parametrize("metric", METRICS.values(), ids=lambda metric: metric.name)
 def test_a_metric_has_a_stage_a_safe_name_a_unit_and_a_meaning(metric: Metric) -> None:
-    assert re.fullmatch(r"(crawl|dedup|curate|train|online|evaluate|publish)/[a-z][a-z0-9_]*", metric.name)
+    assert re.fullmatch(r"(cost|crawl|dedup|curate|train|online|evaluate|publish)/[a-z][a-z0-9_]*", metric.name)
     assert re.fullmatch(r"ray_heliostat_[a-z0-9_]+", metric.prometheus_name)
     assert metric.prometheus_name == f"ray_{metric.short_name}"
     assert metric.unit

@@ -1,4 +1,4 @@
-"""Artifacts: `kind/name@version`, complete if and only if their `artifact.json` exists, and the lineage between them.
+"""Artifacts: `kind/name@version`, complete if and only if their `artifact.json` exists.
 
 Layout under a store:
 
@@ -80,6 +80,8 @@ class ArtifactRecord(BaseModel):
     code_version: str = ""
     counts: dict[str, int] = {}
     metrics: dict[str, float] = {}
+    costs: dict[str, float] = {}
+    """Hours, energy, CO2 and dollars of its training, all attempts together, by the metrics `cost/...`."""
     files: dict[str, FileRecord] = {}
     created: str = ""
     revisions: list[str] = []
@@ -137,7 +139,12 @@ class Draft:
         self.files.put(DRAFT, _draft_bytes(self.fingerprint, self.config, self.state))
 
     def commit(
-        self, *, counts: Mapping[str, int], metrics: Mapping[str, float] | None = None, code_version: str = ""
+        self,
+        *,
+        counts: Mapping[str, int],
+        metrics: Mapping[str, float] | None = None,
+        costs: Mapping[str, float] | None = None,
+        code_version: str = "",
     ) -> "Artifact":
         """Write the record, then remove the scratch.
 
@@ -160,6 +167,7 @@ class Draft:
             code_version=code_version,
             counts=dict(counts),
             metrics=dict(metrics or {}),
+            costs=dict(costs or {}),
             files=files,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
@@ -316,45 +324,3 @@ def verify(artifact: Artifact) -> int:
                 f"recorded {expected.num_bytes} bytes, {expected.sha256[:12]}"
             )
     return len(artifact.record.files)
-
-
-@dataclass(frozen=True)
-class LineageNode:
-    """One artifact in a lineage tree; `record` is None when it is not in this store."""
-
-    role: str
-    ref: ArtifactRef
-    record: ArtifactRecord | None
-    inputs: tuple["LineageNode", ...]
-
-
-def lineage(artifacts: ArtifactStore, ref: ArtifactRef, role: str = "") -> LineageNode:
-    """Walk from an artifact to everything it was made from."""
-    found = artifacts.find(ref)
-    if found is None and not role:
-        raise ArtifactNotFoundError(f"no artifact {ref} in {artifacts.store.uri}")
-    inputs = found.record.inputs if found else {}
-    children = tuple(lineage(artifacts, ArtifactRef.parse(target), name) for name, target in sorted(inputs.items()))
-    return LineageNode(role, ref, found.record if found else None, children)
-
-
-def render_lineage(node: LineageNode) -> list[str]:
-    """The tree as lines of text, inputs indented below what was made from them; what was shown before is not unfolded again."""
-    return _render(node, "", "", set())
-
-
-def _render(node: LineageNode, prefix: str, branch: str, shown: set[ArtifactRef]) -> list[str]:
-    role = f"{node.role}: " if node.role else ""
-    counts = ", ".join(f"{value:,} {name}" for name, value in (node.record.counts if node.record else {}).items())
-    repeated = node.ref in shown and bool(node.inputs)
-    shown.add(node.ref)
-    note = (
-        "  (not in this store)" if node.record is None else "  (see above)" if repeated else f"  [{counts}]" if counts else ""
-    )
-    lines = [f"{prefix}{branch}{role}{node.ref}{note}"]
-    if repeated:
-        return lines
-    inner = prefix + ("" if not branch else "   " if branch.startswith("└") else "│  ")
-    for position, child in enumerate(node.inputs):
-        lines += _render(child, inner, "└─ " if position == len(node.inputs) - 1 else "├─ ", shown)
-    return lines

@@ -32,7 +32,7 @@ OTHER_VERBS = {
     "run": "all stages of a recipe in order; finished ones are reused",
     "demo": "run the recipe laptop: the whole chain on real photographs",
     "shard": "pack or index images without a recipe: heliostat shard SOURCE name=photos makes raw/photos@1",
-    "lineage": "print what an artifact was made from: heliostat lineage KIND/NAME@VERSION",
+    "lineage": "print what an artifact was made from: heliostat lineage KIND/NAME@VERSION [--html FILE]",
     "artifacts": "list the complete artifacts of a store",
     "why": "tell the story of one image: heliostat why [CURATED-ARTIFACT] ID-OR-URL",
     "what-if": "the funnel at other thresholds, from what is stored: heliostat what-if [CURATED-ARTIFACT] dup_threshold=0.7",
@@ -49,6 +49,7 @@ class Request:
     words: tuple[str, ...]
     overrides: tuple[str, ...]
     dry_run: bool
+    html: str = ""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -72,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("verb", metavar="VERB", help="what to do, see below")
     parser.add_argument("words", nargs="*", metavar="RECIPE | key=value", help="a recipe, and settings that override it")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and what it will cost, then stop")
+    parser.add_argument("--html", metavar="FILE", default="", help="lineage: also write a page with a drawing")
     parser.add_argument("--debug", action="store_true", help="show tracebacks and the logs of workers")
     parser.add_argument("--version", action="version", version=f"heliostat {__version__}")
     return parser
@@ -88,8 +90,10 @@ def parse(arguments: Sequence[str]) -> Request:
     about_images = options.verb in ("why", "forget")  # whose names may hold the sign
     is_override = _is_store if about_images else _is_override
     words = tuple(word for word in options.words if not is_override(word))
+    if options.html and options.verb != "lineage":
+        raise UsageError(f"--html belongs to heliostat lineage, not to {options.verb}; leave it out")
     overrides = tuple(word for word in options.words if is_override(word))
-    return Request(options.verb, words, overrides, options.dry_run)
+    return Request(options.verb, words, overrides, options.dry_run, options.html)
 
 
 def _is_override(word: str) -> bool:
@@ -118,7 +122,7 @@ def dispatch(request: Request) -> None:
     if request.verb == "recipes":
         verbs.print_recipes()
     elif request.verb == "lineage":
-        verbs.print_lineage(_one_word(request, "artifact"), request.overrides)
+        verbs.print_lineage(_one_word(request, "artifact"), request.overrides, html=request.html)
     elif request.verb == "artifacts":
         verbs.print_artifacts(request.overrides)
     elif request.verb == "why":

@@ -17,6 +17,7 @@
     │   ├── CheckpointError
     │   └── PreemptedError         stopped with a checkpoint, as asked: exit status 130, the same command goes on
     ├── TrackingError              the experiment tracker cannot be used
+    │   └── TrackerLostError       it does not answer, and may answer later
     ├── PublishError               an export failed its parity check
     └── ClusterError               Ray cannot be started, joined or used
 
@@ -100,6 +101,14 @@ class PreemptedError(TrainingError):
 
 class TrackingError(HeliostatError):
     """The experiment tracker cannot be reached or written."""
+
+
+class TrackerLostError(TrackingError):
+    """The experiment tracker does not answer now, and may answer later. `reason` says in a few words why."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class PublishError(HeliostatError):

@@ -106,6 +106,13 @@ _TABLE = (
         "largest difference of any token between the model and a published format, over all formats",
     ),
     Metric("evaluate/linear_accuracy", "1", "linear probe top-1 accuracy on held-out images"),
+    Metric("cost/gpu_hours", "h", "hours of GPUs that training has taken, all attempts together; 0 on CPUs"),
+    Metric("cost/worker_hours", "h", "hours of workers that training has taken, all attempts together"),
+    Metric("cost/wasted_worker_hours", "h", "hours of workers in steps that were done again after a restart"),
+    Metric("cost/energy_kwh", "kWh", "energy of the devices times the PUE of the data centre"),
+    Metric("cost/energy_measured_ratio", "1", "share of the energy that NVML measured; the rest is power times time"),
+    Metric("cost/co2_kg", "kg", "CO2 equivalent of the energy by the intensity of the grid"),
+    Metric("cost/dollars", "dollars", "price of the hours by the price table of the recipe"),
 )
 
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _TABLE}

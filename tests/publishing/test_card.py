@@ -34,6 +34,7 @@ def release(model: Artifact, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 def card(model: Artifact, **changes) -> str:
     values = {"lineage": ["model/tiny@1"], "rows": [], "differences": {"fair": 0.0}, "config": PublishConfig(license="mit")}
+    values["total_costs"] = {}
     return render_card(**({"record": model.record, "info": read_info(model)} | values | changes))
 
 
@@ -101,3 +102,19 @@ def test_the_card_of_a_grey_model_says_so(model: Artifact) -> None:
     text = card(model, info=info, differences={"fair": 0.0, "huggingface": 0.0})
     assert "pixels: luminance in 0..1" in text
     assert "The image processor cannot make luminance" in text
+
+
+def test_the_card_says_what_training_has_cost_alone_and_with_its_ancestors(model: Artifact) -> None:
+    names = ("gpu_hours", "worker_hours", "wasted_worker_hours", "energy_kwh", "energy_measured_ratio", "co2_kg", "dollars")
+    own = dict(zip((f"cost/{name}" for name in names), (2.0, 2.0, 0.0, 0.88, 0.0, 0.34, 4.0), strict=True))
+    total = {name: 10 * value for name, value in own.items()}
+    text = card(model, record=model.record.model_copy(update={"costs": own}), total_costs=total)
+    assert "- this model: 2.0 GPU-hours, 0.88 kWh (modelled), 0.34 kg CO2, 4.0 dollars\n" in text
+    assert "- with the models that it was made from: 20 GPU-hours, 8.8 kWh (modelled), 3.4 kg CO2, 40 dollars\n" in text
+    assert "Costs of training" not in card(model)
+
+
+@pytest.mark.parametrize(("alias", "reason"), [("latest", "MLflow keeps for itself"), ("v3", "itself"), ("a b", "use letters")])
+def test_an_alias_that_the_registry_would_refuse_is_refused_with_the_recipe(alias: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        PublishConfig(aliases=(alias,))

@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import save_file
 from tiny_training import SETTINGS, SHARD, shard
 
-from heliostat.artifacts import Artifact, ArtifactRef, Draft, lineage, render_lineage
+from heliostat.artifacts import Artifact, ArtifactRef, Draft
 from heliostat.config import validate
 from heliostat.data.quarantine import QUARANTINE, quarantine_from_bytes
 from heliostat.data.shards import MANIFEST_SCHEMA, manifest_rows, manifest_to_bytes
 from heliostat.errors import ArtifactConflictError, CheckpointError, DataError, UsageError
+from heliostat.lineage import lineage, render_lineage
 from heliostat.models.names import to_fair_names
 from heliostat.models.stored import read_info, read_states
 from heliostat.models.vit import VisionTransformer

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from heliostat.artifacts import ArtifactRecord
+from heliostat.costs import cost_text
 from heliostat.models.stored import ModelInfo
 from heliostat.publishing.config import FormatName, PublishConfig
 from heliostat.publishing.export import FORMATS
@@ -22,8 +23,12 @@ def render_card(
     lineage: Sequence[str],
     rows: Sequence[Mapping[str, Any]],
     differences: Mapping[FormatName, float],
+    total_costs: Mapping[str, float],
 ) -> str:
-    """The card as Markdown with the front matter of the Hugging Face hub. `differences`: largest one for each format."""
+    """The card as Markdown with the front matter of the Hugging Face hub.
+
+    differences: largest one for each format. total_costs: of the model and of every model that it was made from.
+    """
     backbone = info.backbone
     parts = [
         _front_matter(config, list(differences)),
@@ -44,6 +49,7 @@ def render_card(
         _table(rows) if rows else "Not evaluated.",
         "## Lineage",
         "```\n" + "\n".join(lineage) + "\n```",
+        *_costs(record.costs, total_costs),
         "## Loading",
         "`images` is float32 (B, 3, H, W) with pixels as said above. Paths are relative to the folder of the release.",
         *(_loading(name, info) for name in differences),
@@ -55,6 +61,19 @@ def render_card(
         ),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _costs(own: Mapping[str, float], total: Mapping[str, float]) -> list[str]:
+    """A section about what training has cost; none where nothing was counted."""
+    if not total:
+        return []
+    lines = [f"- this model: {cost_text(own)}"] if own else []
+    lines += [f"- with the models that it was made from: {cost_text(total)}"] if total != own else []
+    explained = (
+        "Energy is that of the devices times the PUE of the data centre, CO2 that times the intensity of the grid; what counts "
+        "as an hour, a price or a watt stands in the section `costs` of the recipe."
+    )
+    return ["## Costs of training", "\n".join(lines), explained]
 
 
 def _front_matter(config: PublishConfig, formats: Sequence[FormatName]) -> str:

@@ -1,5 +1,6 @@
 """Settings of the publish stage."""
 
+import re
 from typing import Literal
 
 from pydantic import Field, field_validator
@@ -20,6 +21,9 @@ class PublishConfig(StrictModel):
     """Licence identifier of the weights, for the card (you own them: choose)."""
     intended_use: str = "Image features for retrieval, classification and dense tasks close to the training images."
     """One paragraph for the card."""
+    aliases: tuple[str, ...] = ("published",)
+    """Aliases in MLflow's model registry that move to this version of the recipe's model (`models:/NAME@published`). MLflow
+    itself resolves `models:/NAME/latest`."""
     parity_tolerance: float = Field(default=1e-4, gt=0)
     """Largest absolute difference allowed between the features of a published format, by its own library, and the model's."""
 
@@ -29,6 +33,16 @@ class PublishConfig(StrictModel):
         if model and not model.startswith("model/"):
             raise ValueError(f"{model} is no model; name a model/name@version")
         return model
+
+    @field_validator("aliases")
+    @classmethod
+    def _can_be_aliases(cls, aliases: tuple[str, ...]) -> tuple[str, ...]:
+        for alias in aliases:
+            if alias.lower() == "latest" or re.fullmatch(r"v\d+", alias, re.IGNORECASE):
+                raise ValueError(f"aliases has {alias}, which MLflow keeps for itself (it always works); choose another word")
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", alias) or alias.isdigit():
+                raise ValueError(f"aliases has {alias!r}; use letters, digits, - and _, at most 64, not digits alone")
+        return aliases
 
     @field_validator("formats")
     @classmethod

@@ -9,7 +9,7 @@ from heliostat.artifacts import Artifact, ArtifactRef
 from heliostat.models.stored import read_info
 from heliostat.runtime.pipelines import Context
 from heliostat.runtime.recipe import Recipe, scope_overrides
-from heliostat.tracking import program, shown_uri, ui_command
+from heliostat.tracking import program, ui_command, without_secrets
 
 
 def end_lines(
@@ -33,7 +33,7 @@ def end_lines(
     uri = context.tracker.uri
     if uri.startswith("sqlite"):
         return [*lines, "the curves of all runs:", f"  {ui_command(uri)}"]
-    return [*lines, f"the curves of all runs: {shown_uri(uri) or 'not recorded, tracking.uri is none'}"]
+    return [*lines, f"the curves of all runs: {without_secrets(uri) or 'not recorded, tracking.uri is none'}"]
 
 
 def heliostat_command(words: Sequence[str]) -> str:

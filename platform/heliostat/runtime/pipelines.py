@@ -2,19 +2,18 @@
 
 import contextlib
 import os
-import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from heliostat import __version__
 from heliostat.artifacts import Artifact, ArtifactRef, ArtifactStore, Draft
+from heliostat.costs import compute_costs, cost_text, read_attempts, share_costs
 from heliostat.errors import ArtifactNotFoundError, HeliostatError, PreemptedError, UsageError
 from heliostat.runtime.progress import Progress
 from heliostat.runtime.recipe import Recipe
+from heliostat.runtime.run_description import code_version, describe_lineage, describe_result, describe_start, tags_of
 from heliostat.runtime.session import describe_session, open_session
 from heliostat.storage import check_writable, open_store
 from heliostat.tracking import Run, Tracker, open_tracker
@@ -56,7 +55,7 @@ class Context:
     @cached_property
     def tracker(self) -> Tracker:
         """The tracker of the recipe."""
-        return open_tracker(self.recipe.tracking, self.artifacts.store)
+        return open_tracker(self.recipe.tracking, self.artifacts.store, self.progress.say)
 
     def load(self, ref: ArtifactRef) -> Artifact:
         """An artifact that a stage reads. Raises ArtifactNotFoundError that names the stage which makes it."""
@@ -88,24 +87,6 @@ def _refuse_lost_store(uri: str) -> None:
         raise UsageError(
             f"store={uri} is relative to the job's temporary directory; give s3://bucket/prefix or an absolute path"
         )
-
-
-def code_version() -> str:
-    """Version of the package, with the git commit when it runs from a checkout."""
-    folder = Path(__file__).parent
-    try:
-        found = subprocess.run(  # noqa: S603
-            ["git", "-C", str(folder), "rev-parse", "--short=12", "HEAD"],  # noqa: S607  (the user's own git)
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=5,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return __version__
-    commit = found.stdout.strip()
-    inside = (folder.parents[2] / "pyproject.toml").is_file()
-    return f"{__version__}+{commit}" if found.returncode == 0 and inside and commit else __version__
 
 
 @dataclass(frozen=True)
@@ -157,13 +138,18 @@ def make_together(
             if rivals is None:
                 raise
             return {name: artifact if isinstance(artifact, Artifact) else rivals[name] for name, artifact in found.items()}
-        for name, summary in summaries.items():
-            drafts[name].remember(summary={"counts": dict(summary.counts), "metrics": dict(summary.metrics)})
+        costs = _costs(context, [drafts[name] for name in summaries])
+        for name, one in summaries.items():
+            drafts[name].remember(summary={"counts": dict(one.counts), "metrics": dict(one.metrics), "costs": costs})
         for name, draft in drafts.items():
+            describe_result(runs[name], draft, stage, draft.state["summary"])
             made[name] = _commit(draft)
+            describe_lineage(runs[name], context.artifacts, made[name])
             counts = ", ".join(f"{value:,} {what}" for what, value in made[name].record.counts.items())
             which = f"{draft.ref} " if len(plans) > 1 else ""
             context.progress.say(f"          {which}done in {time.monotonic() - started:.0f} s: {counts}")
+            if made[name].record.costs:
+                context.progress.say(f"          {which}cost {cost_text(made[name].record.costs)}")
     return {name: artifact if isinstance(artifact, Artifact) else made[name] for name, artifact in found.items()}
 
 
@@ -193,12 +179,17 @@ def _begin(context: Context, plan: Plan, stage: str) -> Artifact | Draft:
 
 @contextlib.contextmanager
 def _run(context: Context, draft: Draft, stage: str) -> Iterator[Run]:
-    tags = {"heliostat.artifact": str(draft.ref), "heliostat.stage": stage, "heliostat.fingerprint": draft.fingerprint}
-    tags |= {f"heliostat.input.{role}": str(artifact.ref) for role, artifact in draft.inputs.items()}
-    run = context.tracker.start(str(draft.ref), config=draft.config, tags=tags, resume_id=str(draft.state.get("run_id", "")))
+    run = context.tracker.start(
+        str(draft.ref),
+        config=draft.config,
+        tags=tags_of(draft, stage),
+        resume_id=str(draft.state.get("run_id", "")),
+        notify=lambda text: context.progress.say(f"  {text}"),
+    )
     draft.remember(run_id=run.id)
     status = "FAILED"
     try:
+        describe_start(run, draft)
         yield run
         status = "FINISHED"
     except (KeyboardInterrupt, PreemptedError):
@@ -210,7 +201,15 @@ def _run(context: Context, draft: Draft, stage: str) -> Iterator[Run]:
 
 def _commit(draft: Draft) -> Artifact:
     summary = draft.state["summary"]
-    return draft.commit(counts=summary["counts"], metrics=summary["metrics"], code_version=code_version())
+    return draft.commit(
+        counts=summary["counts"], metrics=summary["metrics"], costs=summary["costs"], code_version=code_version()
+    )
+
+
+def _costs(context: Context, drafts: Sequence[Draft]) -> dict[str, float]:
+    """What the work on these drafts has cost so far, restarts included: an equal share for each of them."""
+    attempts = [attempt for draft in drafts for attempt in read_attempts(draft.files)]
+    return share_costs(compute_costs(attempts, context.recipe.costs), len(drafts)) if attempts else {}
 
 
 def config_of(section: Any, *, without: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from heliostat.artifacts import ArtifactRef
 from heliostat.config import StrictModel, load_recipe
+from heliostat.costs import CostsConfig
 from heliostat.crawling.config import CrawlConfig
 from heliostat.curation.config import CurateConfig, DedupConfig, EmbedConfig
 from heliostat.data.config import PhotographPoolConfig
@@ -107,6 +108,8 @@ class Recipe(StrictModel):
     """Where artifacts live: a folder or s3://bucket/prefix."""
     tracking: TrackingConfig = TrackingConfig()
     """Experiment tracking."""
+    costs: CostsConfig = CostsConfig()
+    """Power, carbon and prices, for what the record and the model card say about training."""
     cluster: ClusterConfig = ClusterConfig()
     """The Ray session."""
     crawl: CrawlStage | None = None

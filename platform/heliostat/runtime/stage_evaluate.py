@@ -1,9 +1,7 @@
 """evaluate: models and labelled images -> a table, pictures and one HTML page."""
 
 import json
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from heliostat.artifacts import Artifact, ArtifactRef, Draft
@@ -77,11 +75,10 @@ def evaluate(context: Context, config: EvaluateConfig) -> Artifact:
         pictures = _pictures(judge, models[0], config, inputs)
         for name, data in pictures.items():
             draft.put(f"{name}.png", data)
+            run.log_bytes(f"pictures/{name}.png", data)
         page = render_report(_report_inputs(context, results, pictures, inputs))
         draft.put("report.html", page.encode())
-        with tempfile.TemporaryDirectory(prefix="heliostat-report-") as folder:
-            (Path(folder) / "report.html").write_text(page, encoding="utf-8")
-            run.log_file(Path(folder) / "report.html")
+        run.log_bytes("report.html", page.encode())
         best = next(row for row in rows if row.name == models[0].name)
         counts = {"rows": len(rows), "heldout_images": len(judge.heldout.images)}
         scores = {"evaluate/knn_accuracy": best.knn, "evaluate/linear_accuracy": best.linear}

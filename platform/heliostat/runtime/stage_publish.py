@@ -3,13 +3,15 @@
 import tempfile
 from pathlib import Path
 
-from heliostat.artifacts import Artifact, ArtifactRef, Draft, lineage, render_lineage
+from heliostat.artifacts import Artifact, ArtifactRef, Draft
+from heliostat.lineage import lineage, render_lineage, total_costs
 from heliostat.models.stored import read_info
 from heliostat.publishing.card import render_card
 from heliostat.publishing.config import PublishConfig
 from heliostat.publishing.export import check_architecture, check_libraries, export_formats
 from heliostat.runtime.pipelines import Context, Summary, config_of, make
 from heliostat.runtime.recipe import Recipe
+from heliostat.runtime.run_description import link_to
 from heliostat.tracking import Run
 
 
@@ -53,13 +55,24 @@ def publish(context: Context, config: PublishConfig) -> Artifact:
             lineage=render_lineage(lineage(context.artifacts, model.ref)),
             rows=rows,
             differences=differences,
+            total_costs=total_costs(lineage(context.artifacts, model.ref)),
         )
         draft.put("README.md", card.encode())
         for name, difference in differences.items():
             context.progress.say(f"          {name}: parity with the model, largest difference {difference:g}")
         metrics = {"publish/largest_difference": max(differences.values())}
         run.log_metrics(metrics, 0)
+        _register(run, context, model, config, card)
         return Summary({"files": len(files) + 1}, metrics)
 
-    settings = config_of(config, without=("model",))
+    settings = config_of(config, without=("model", "aliases"))
     return make(context, recipe.ref("release"), stage="publish", config=settings, inputs=inputs, work=work)
+
+
+def _register(run: Run, context: Context, model: Artifact, config: PublishConfig, card: str) -> None:
+    """A version of the recipe's registered model, which links to what the model was made from."""
+    tags = {f"heliostat.input.{role}": target for role, target in model.record.inputs.items()}
+    tags |= {"heliostat.release": str(context.recipe.ref("release")), "heliostat.code": model.record.code_version}
+    run.register_model(
+        link_to(model), context.recipe.name, aliases=config.aliases, tags=tags, description=card.partition("---\n\n")[2]
+    )

@@ -14,7 +14,7 @@ from heliostat.runtime.pipelines import Context, Plan, Summary, config_of, make_
 from heliostat.runtime.trainer import TrainingRequest, train
 from heliostat.runtime.training_data import TrainingData, training_data
 from heliostat.runtime.weights import WeightSource, open_weights
-from heliostat.tracking import Run, shown_uri
+from heliostat.tracking import Run, without_secrets
 from heliostat.training.checkpoint import read_rejections
 from heliostat.training.recipe import (
     DistillConfig,
@@ -185,7 +185,7 @@ def _train(
             artifacts=artifacts,
             data=data,
             places={name: store.uri for name, store in stores.items()},
-            tracker=shown_uri(context.tracker.uri),
+            tracker=without_secrets(context.tracker.uri),
             evaluation=online.line() if online is not None else "",
             teacher=teacher.config if teacher is not None else None,
             teacher_name=teacher.what if teacher is not None else "",

@@ -28,6 +28,7 @@ from heliostat.runtime.panel import TrainingPanel
 from heliostat.runtime.progress import Progress
 from heliostat.runtime.relay import Relay, Watcher
 from heliostat.runtime.spot_notice import SpotNotice
+from heliostat.runtime.training_record import noted, recording
 from heliostat.runtime.worker_watch import WorkerWatch
 from heliostat.storage import Store
 from heliostat.tracking import Run, Tracker
@@ -86,18 +87,17 @@ def train(request: TrainingRequest, runs: Mapping[str, Run], progress: Progress)
 
 
 def _train_here(request: TrainingRequest, runs: Mapping[str, Run], progress: Progress, panel: TrainingPanel) -> dict[str, Any]:
-    def report(metrics: Mapping[str, float], step: int, model: str = "") -> None:
-        runs[model].log_metrics(metrics, step)
-        panel.update(model, metrics, step)
+    with StopFlag(lambda: progress.say(f"  {_STOPPING}")) as flag, recording(request.job, World(), runs) as record:
 
-    with (
-        StopFlag(lambda: progress.say(f"  {_STOPPING}")) as flag,
-        open_evaluation(
+        def report(metrics: Mapping[str, float], step: int, model: str = "") -> None:
+            record(metrics, step, model)
+            panel.update(model, metrics, step)
+
+        with open_evaluation(
             LocalEvaluator, request.online, request.outputs(), runs=runs, report=report, notify=progress.say
-        ) as evaluate,
-    ):
-        watch = Watch(evaluate, asked=lambda: Ask.STOP if flag.is_set() else Ask.GO_ON)
-        return run_training(request.job, World(), report, progress.say, watch=watch)
+        ) as evaluate:
+            watch = Watch(noted(evaluate, runs), asked=lambda: Ask.STOP if flag.is_set() else Ask.GO_ON)
+            return run_training(request.job, World(), report, progress.say, watch=watch)
 
 
 _STOPPING = "stopping after this step with a checkpoint; once more to stop at once"
@@ -183,15 +183,11 @@ def _worker(parameters: dict[str, Any]) -> dict[str, Any]:
     if world is None:
         relay.note(request.label(), f"worker {rank} is left over: the batch cannot be divided by {context.get_world_size()}")
         return {}
-    runs = {name: request.tracker.attach(run_id) for name, run_id in request.run_ids.items()}
-
-    def report(metrics: Mapping[str, float], step: int, model: str = "") -> None:
-        runs[model].log_metrics(metrics, step)
-        relay.push(request.artifacts[model], metrics, step)
 
     def notify(text: str) -> None:
         relay.note(request.label(), text)
 
+    runs = {name: request.tracker.attach(one, notify) for name, one in request.run_ids.items() if world.is_main}
     job = replace(request.job, sources=ray.get(parameters["sources"]))
     open_loader: LoaderFactory = partial(_from_data_workers, job=job, sources=parameters["sources"])
     if job.config.loader.via == "threads":
@@ -205,9 +201,17 @@ def _worker(parameters: dict[str, Any]) -> dict[str, Any]:
     )
     online = request.online if world.is_main else None
     try:
-        with open_evaluation(make_evaluator, online, request.outputs(), runs=runs, report=report, notify=notify) as evaluate:
-            watch = Watch(evaluate, asked=watching.asked, mark=watching.mark)
-            return run_training(job, world, report, notify, open_loader=open_loader, watch=watch)
+        with recording(job, world, runs) as record:
+
+            def report(metrics: Mapping[str, float], step: int, model: str = "") -> None:
+                record(metrics, step, model)
+                relay.push(request.artifacts[model], metrics, step)
+
+            with open_evaluation(
+                make_evaluator, online, request.outputs(), runs=runs, report=report, notify=notify
+            ) as evaluate:
+                watch = Watch(noted(evaluate, runs), asked=watching.asked, mark=watching.mark)
+                return run_training(job, world, report, notify, open_loader=open_loader, watch=watch)
     except PreemptedError as stop:
         return {"stopped": str(stop)}
     except HeliostatError as error:

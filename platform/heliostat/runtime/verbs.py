@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from heliostat.artifacts import Artifact, ArtifactRef, ArtifactStore, lineage, render_lineage
+from heliostat.artifacts import Artifact, ArtifactRef, ArtifactStore
 from heliostat.config import apply_overrides, find_recipe, shipped_recipes, validate
+from heliostat.costs import cost_text
 from heliostat.errors import UsageError
+from heliostat.lineage import lineage, render_lineage, render_page, total_costs
 from heliostat.runtime.pipelines import Context
 from heliostat.runtime.progress import Progress
 from heliostat.runtime.recipe import SETS, Recipe, read_recipe, scope_overrides
 from heliostat.runtime.weight_names import names_artifact, weights_path
 from heliostat.storage import open_store
+from heliostat.tracking import without_secrets
 
 if TYPE_CHECKING:
     from heliostat.runtime.own_images import Choice
@@ -54,9 +57,20 @@ def print_artifacts(overrides: Sequence[str]) -> None:
         print(f"{ref!s:40} {record.created}  {counts}")
 
 
-def print_lineage(artifact: str, overrides: Sequence[str]) -> None:
-    """Print the lineage tree of an artifact."""
-    print("\n".join(render_lineage(lineage(_store_of(overrides), ArtifactRef.parse(artifact)))))
+def print_lineage(artifact: str, overrides: Sequence[str], *, html: str = "") -> None:
+    """Print the lineage tree of an artifact and what its training has cost; with `html` also write it as a page."""
+    tree = lineage(_store_of(overrides), ArtifactRef.parse(artifact))
+    print("\n".join(render_lineage(tree)))
+    if cost := cost_text(total_costs(tree)):
+        print(f"\ntraining:  {cost}")
+    if html:
+        try:
+            Path(html).write_text(render_page(tree), encoding="utf-8")
+        except OSError as error:
+            raise UsageError(
+                f"--html {html}: cannot be written ({error.strerror}); name a file in a folder that exists"
+            ) from error
+        print(f"page:      {html}")
 
 
 def print_why(artifact: str, image: str, overrides: Sequence[str]) -> None:
@@ -97,11 +111,17 @@ def shard_recipe(source: str, overrides: Sequence[str]) -> Recipe:
     return validate(Recipe, apply_overrides(mapping, scope_overrides(tuple(overrides), "ingest")), "shard")
 
 
+def _as_yaml(recipe: Recipe) -> str:
+    """A resolved recipe as YAML, without the users and passwords of its URIs."""
+    text: str = yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False, width=120)
+    return without_secrets(text)
+
+
 def shard(source: str, overrides: Sequence[str], *, dry_run: bool = False) -> None:
     """Make raw/NAME@VERSION of a source by the ingest stage, or print its recipe."""
     recipe = shard_recipe(source, overrides)
     if dry_run:
-        print(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False, width=120), end="")
+        print(_as_yaml(recipe), end="")
         return
     progress = Progress()
     with closing(Context(recipe, progress)) as context:
@@ -119,7 +139,7 @@ def run_recipe(name: str, overrides: Sequence[str], *, stage: str = "", dry_run:
         from heliostat.runtime.dry_run import cost_lines
 
         lines = cost_lines(recipe, stages)  # first, for it may refuse
-        print(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False, width=120), end="")
+        print(_as_yaml(recipe), end="")
         for line in lines:
             print(line)
         return

@@ -197,7 +197,7 @@ def test_a_server_that_does_not_answer_is_one_line_within_fifteen_seconds(
 
 def test_a_database_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "plain").write_text("a file where the folder should be")
-    tracker = MlflowTracker(f"sqlite:///{tmp_path}/plain/mlflow.db", "heliostat", "")
+    tracker = MlflowTracker(f"sqlite:///{tmp_path}/plain/mlflow.db", "heliostat", "", str(tmp_path / "spool"))
     with pytest.raises(
         TrackingError, match=rf"^MLflow at sqlite:///{re.escape(str(tmp_path))}/plain/mlflow.db failed: "
     ) as caught:
