@@ -15,7 +15,7 @@ from heliostat.errors import ClusterError, UsageError
 from heliostat.runtime.config import ClusterConfig
 
 
-def _set_environment() -> None:
+def set_environment() -> None:
     """Defaults of Ray that Heliostat relies on; what the user has set wins."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -50,7 +50,7 @@ def _check_reachable(address: str, timeout_seconds: float) -> None:
 @contextmanager
 def open_session(config: ClusterConfig) -> Iterator[None]:
     """Start or join Ray; a session that finds Ray running in this process uses it and leaves it running."""
-    _set_environment()
+    set_environment()
     import ray
 
     if ray.is_initialized():

@@ -2,7 +2,7 @@
 
 from tiny_training import settings
 
-from heliostat.runtime.sweep_grid import trial_config
+from heliostat.runtime.sweep_points import trial_config
 
 
 def test_a_trial_of_a_section_that_reads_through_ray_data_reads_in_threads() -> None:
