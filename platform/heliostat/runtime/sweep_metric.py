@@ -50,7 +50,7 @@ def check_metric(recipe: Recipe, sweep: SweepConfig, config: PretrainConfig) -> 
     if metric in _OF_LABELS and not labelled_ref(recipe, config):
         raise ConfigError(
             f"sweep.metric={metric} needs labelled images, and the recipe has none; give "
-            "pretrain.online.labelled=raw/NAME@VERSION or ingest.labelled, or compare without labels: sweep.metric=online/rankme"
+            "pretrain.online.labelled=raw/NAME@VERSION or ingest.labelled, or compare without: sweep.metric=online/rankme"
         )
     if sweep.asha is not None:
         every, steps = compared_every(sweep, config), config.train.steps

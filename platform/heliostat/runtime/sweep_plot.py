@@ -11,7 +11,7 @@ from heliostat.runtime.sweep_table import Group, groups_of, short_keys, varied
 from heliostat.runtime.sweep_trials import Trial
 
 _COLOURS = "viridis"
-_STOPPED = "#9aa4b2"
+_FINISHED, _STOPPED = "#d9730d", "#9aa4b2"
 _MOST_CELLS = 12  # of one axis of a heat map: beyond that its numbers cannot be read, and the trials are drawn as points
 
 
@@ -63,7 +63,7 @@ def _places(groups: Sequence[Group], sweep: SweepConfig, key: str) -> tuple[list
         scale = math.log10 if entry.log else float
         low, high = scale(entry.low), scale(entry.high)
         ends = [low + (high - low) * part / 4 for part in range(5)]
-        return [scale(value) for value in values], [(end, short(10**end if entry.log else end)) for end in ends]
+        return [scale(value) for value in values], [(end, f"{10**end if entry.log else end:.2g}") for end in ends]
     order = list(sweep.grid.get(key) or entry or ())
     texts = [short(value) for value in order]
     return [float(texts.index(short(value))) for value in values], [(float(place), text) for place, text in enumerate(texts)]
@@ -73,7 +73,7 @@ def _curve(axes: Any, groups: Sequence[Group], key: str, sweep: SweepConfig) -> 
     """The metric over one key, every seed a dot; over the seeds where nothing else varies."""
     if not key:
         trials = [trial for group in groups for trial in group.counted]
-        axes.bar([trial.name for trial in trials], [trial.value for trial in trials], color="#d9730d")
+        axes.bar([trial.name for trial in trials], [trial.value for trial in trials], color=_FINISHED)
         axes.set_xlabel("trial")
     else:
         places, ticks = _places(groups, sweep, key)
@@ -83,17 +83,23 @@ def _curve(axes: Any, groups: Sequence[Group], key: str, sweep: SweepConfig) -> 
             [places[index] for index in done],
             [groups[index].value for index in done],
             yerr=[groups[index].spread for index in done],
-            marker="o",
-            color="#d9730d",
+            fmt="o" if isinstance(sweep.space.get(key), RangeConfig) else "o-",  # draws of a range are no curve
+            color=_FINISHED,
             capsize=3,
         )
         for index in order:
-            colour = "#d9730d" if groups[index].finished else _STOPPED
+            colour = _FINISHED if groups[index].finished else _STOPPED
             for trial in groups[index].counted:
                 axes.plot(places[index], trial.value, ".", color=colour, alpha=0.6)
             if not groups[index].finished:
+                where = (places[index], groups[index].value)
                 axes.annotate(
-                    f"stopped at {groups[index].step}", (places[index], groups[index].value), fontsize=7, color="#5b6472"
+                    f"stopped at {groups[index].step}",
+                    where,
+                    xytext=(5, -3),
+                    textcoords="offset points",
+                    fontsize=7,
+                    color="#5b6472",
                 )
         axes.set_xticks([place for place, _ in ticks], labels=[text for _, text in ticks])
         axes.set_xlabel(key)
@@ -168,7 +174,8 @@ def _parallel(figure: Any, groups: Sequence[Group], keys: Sequence[str], sweep: 
             axes.plot(range(len(path)), path, color=colours(share), linewidth=1.8, alpha=0.9, zorder=3)
         else:
             axes.plot(range(len(path)), path, "--", color=_STOPPED, linewidth=1.0, zorder=2)
-    axes.set_xticks(range(len(columns)), labels=[*short_keys(keys), sweep.metric])
+    names = [*short_keys(keys), sweep.metric]
+    axes.set_xticks(range(len(columns)), labels=[("\n" if place % 2 else "") + name for place, name in enumerate(names)])
     axes.set_yticks([])
     axes.set_ylim(-0.05, 1.05)
     axes.set_xlim(-0.1, len(columns) - 0.7)
@@ -188,7 +195,7 @@ def _of_metric(groups: Sequence[Group], low: float, high: float) -> tuple[list[f
 
 
 def _ablation(figure: Any, groups: Sequence[Group], sweep: SweepConfig) -> None:
-    """A bar per step from top to bottom, with its spread and what it changed; a line of bars per further setting."""
+    """A line per step: its mean, its spread, and what it changed. No bars, for the axis does not begin at 0."""
     axes = figure.add_subplot()
     figure.set_size_inches(8, max(3.0, 0.42 * len(groups) + 1.2))
     keys = varied(sweep)
@@ -196,18 +203,14 @@ def _ablation(figure: Any, groups: Sequence[Group], sweep: SweepConfig) -> None:
     for group in groups:
         words = [f"{key}={short(group.trials[0].overrides[key])}" for key in keys]
         names.append(", ".join([group.trials[0].label, *words]))
-    values, low_high = _values(groups), _range(groups)
-    colours = ["#d9730d" if group.finished else _STOPPED for group in groups]
-    axes.barh(range(len(groups)), values, xerr=[group.spread for group in groups], color=colours, height=0.65, capsize=3)
+    values = _values(groups)
+    for place, (value, group) in enumerate(zip(values, groups, strict=True)):
+        colour = _FINISHED if group.finished else _STOPPED
+        axes.errorbar(value, place, xerr=group.spread or None, marker="o", color=colour, capsize=3)
+        change = f"  ({value - values[place - 1]:+.3g})" if place else ""
+        axes.text(value + group.spread, place, f"   {short(value)}{change}", va="center", fontsize=8)
     axes.set_yticks(range(len(groups)), labels=names)
     axes.invert_yaxis()
-    margin = 0.25 * (low_high[1] - low_high[0])
-    most_spread = max(group.spread for group in groups)
-    axes.set_xlim(
-        max(0.0, low_high[0] - margin - most_spread) if min(values) >= 0 else None, low_high[1] + 2 * margin + most_spread
-    )
-    for place, (value, group) in enumerate(zip(values, groups, strict=True)):
-        change = f"  ({value - values[place - 1]:+.3g})" if place else ""
-        axes.text(value + group.spread, place, f"  {short(value)}{change}", va="center", fontsize=8)
+    axes.margins(x=0.25)  # room for the texts on the right
     axes.set_xlabel(sweep.metric)
     axes.grid(alpha=0.3, axis="x")

@@ -34,7 +34,6 @@ def optuna_point(sweep: SweepConfig, index: int, points: Sequence[Point], result
         seed=sweep.seed * 1_000_003 + index,
         n_startup_trials=min(_MOST_STARTUP_TRIALS, max(1, sweep.num_trials // 4)),
         multivariate=True,  # the best learning rate depends on the weight decay: draw settings together
-        warn_independent_sampling=False,
     )
     study = optuna.create_study(sampler=sampler, direction="maximize" if sweep.mode == "max" else "minimize")
     for point in points[:index]:

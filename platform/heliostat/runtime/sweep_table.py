@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from heliostat.runtime.sweep_config import SweepConfig
 from heliostat.runtime.sweep_points import SEED, short
-from heliostat.runtime.sweep_trials import Trial, seeds_of
+from heliostat.runtime.sweep_trials import Trial, has_seeds, seeds_of
 
 
 @dataclass(frozen=True)
@@ -106,18 +106,20 @@ def rows(trials: Sequence[Trial], sweep: SweepConfig, *, exact: bool = False) ->
     """The table as text cells, its head first. `exact` writes whole numbers of every digit and full keys."""
     keys = varied(sweep)
     head = ["trials", *(["step of the ablation"] if sweep.ablation else []), *(keys if exact else short_keys(keys))]
-    head += [sweep.metric, "spread", *(["change"] if sweep.ablation else []), "seeds", "steps", "how"]
+    seeded = has_seeds(trials)
+    head += [sweep.metric, *(["spread", "seeds"] if seeded else []), *(["change"] if sweep.ablation else []), "steps", "how"]
     table, before = [head], None
     number = repr if exact else short
     for group in _shown(trials, sweep):
         first, value = group.trials[0], group.value
         cells = [" ".join(trial.name for trial in group.trials), *([first.label] if sweep.ablation else [])]
         cells += [number(first.overrides[key]) if key in first.overrides else "" for key in keys]
-        cells += ["" if value is None else number(value), number(group.spread) if len(group.counted) > 1 else ""]
+        cells.append("" if value is None else number(value))
+        cells += [number(group.spread) if len(group.counted) > 1 else "", str(len(group.counted))] if seeded else []
         if sweep.ablation:
             cells.append("" if value is None or before is None else f"{value - before:+.4g}")
             before = value if group.finished else before
-        table.append([*cells, str(len(group.counted)), str(group.step), group.status])
+        table.append([*cells, str(group.step), group.status])
     return table
 
 
@@ -132,8 +134,11 @@ def markdown_table(trials: Sequence[Trial], sweep: SweepConfig, title: str) -> s
     """The table in Markdown, with what it says and what it leaves out."""
     head, *body = rows(trials, sweep)
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (head, ["---"] * len(head), *body)]
-    better = "more" if sweep.mode == "max" else "less"
-    notes = [f"`{sweep.metric}` at the last step, mean and standard deviation over seeds; {better} is better."]
+    better, over = (
+        "more" if sweep.mode == "max" else "less",
+        ", mean and standard deviation over seeds" if has_seeds(trials) else "",
+    )
+    notes = [f"`{sweep.metric}` at the last step{over}; {better} is better."]
     if any(trial.status == "stopped" for trial in trials):
         notes.append("Stopped trials stand below the finished ones, with their value at the step where they were stopped.")
     notes += [f"Trial {trial.name} failed: {trial.error}" for trial in trials if trial.status == "failed"]
