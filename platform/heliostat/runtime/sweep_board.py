@@ -6,8 +6,7 @@ One actor serves a sweep. Workers push through the tracker that they log to anyw
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 
@@ -68,57 +67,52 @@ class Board:
 
 
 @dataclass(frozen=True)
-class BoardRun:
-    """A tracker's run whose metrics are seen by the board as well, and by Prometheus where this process sets gauges."""
+class _BoardRun:
+    """A tracker's run whose metrics are seen by the board as well, and by Prometheus where this process sets gauges.
+
+    Everything else is the run's own, whatever runs learn to keep.
+    """
 
     run: Run
     board: Board
     trial: str
-    gauges: Gauges | None = None
-    artifact: str = ""
-
-    @property
-    def id(self) -> str:
-        """That of the run."""
-        return self.run.id
+    gauges: Gauges | None
+    artifact: str
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record numbers and send them to the board."""
         self.run.log_metrics(metrics, step)
         self.board.push(self.trial, metrics, step)
         if self.gauges is not None:
             self.gauges.set(self.artifact, metrics)
 
-    def log_file(self, path: Path, folder: str = "") -> None:
-        """Keep one local file with the run."""
-        self.run.log_file(path, folder)
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # pickle asks before there is a run
+            raise AttributeError(name)
+        return getattr(self.run, name)
 
-    def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Set or overwrite tags."""
-        self.run.set_tags(tags)
 
-    def finish(self, status: str) -> None:
-        """Close the run."""
-        self.run.finish(status)
+def shown_on_board(run: Run, board: Board, trial: str, gauges: Gauges | None = None, artifact: str = "") -> Run:
+    """The run, with what is logged to it sent to the board too; `gauges` are set for `artifact`."""
+    return cast(Run, _BoardRun(run, board, trial, gauges, artifact))
 
 
 @dataclass(frozen=True)
-class BoardTracker:
+class _BoardTracker:
     """A tracker whose runs a trial's workers attach to: what they log, the board sees."""
 
     tracker: Tracker
     board: Board
     trial: str
 
-    @property
-    def uri(self) -> str:
-        """That of the tracker."""
-        return self.tracker.uri
+    def attach(self, *arguments: Any, **named: Any) -> Run:
+        return shown_on_board(self.tracker.attach(*arguments, **named), self.board, self.trial)
 
-    def start(self, name: str, *, config: Mapping[str, Any], tags: Mapping[str, str], resume_id: str = "") -> Run:
-        """Open a run of the tracker, or reopen it."""
-        return BoardRun(self.tracker.start(name, config=config, tags=tags, resume_id=resume_id), self.board, self.trial)
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.tracker, name)
 
-    def attach(self, run_id: str) -> Run:
-        """The open run with this id."""
-        return BoardRun(self.tracker.attach(run_id), self.board, self.trial)
+
+def tracker_on_board(tracker: Tracker, board: Board, trial: str) -> Tracker:
+    """The tracker, for a trial's workers."""
+    return cast(Tracker, _BoardTracker(tracker, board, trial))

@@ -15,7 +15,7 @@ from heliostat.runtime.interrupt import in_thread
 from heliostat.runtime.progress import Progress
 from heliostat.runtime.relay import Gauges
 from heliostat.runtime.session import set_environment
-from heliostat.runtime.sweep_board import Board, BoardRun, BoardTracker, Event
+from heliostat.runtime.sweep_board import Board, Event, shown_on_board, tracker_on_board
 from heliostat.runtime.sweep_config import SweepConfig
 from heliostat.runtime.sweep_points import Point, trial_config
 from heliostat.runtime.sweep_trials import (
@@ -87,10 +87,10 @@ def _train(point: Point, run: Run, job: SweepJob) -> None:
     results = trial_files(job.files, point.index)
     start = {"": fit_backbone(job.start, config.student)} if job.start is not None else {}
     work = TrainingJob(config, job.sources, trial_scratch(job.files, point.index), start=start, outputs={"": results})
-    request = TrainingRequest({"": artifact}, work, BoardTracker(job.tracker, job.board, name), {"": run.id})
+    request = TrainingRequest({"": artifact}, work, tracker_on_board(job.tracker, job.board, name), {"": run.id})
     # Without a worker group nobody else exports what is measured here.
     gauges = Gauges() if config.scaling.num_workers == 0 else None
-    runs: dict[str, Run] = {"": BoardRun(run, job.board, name, gauges, artifact)}
+    runs = {"": shown_on_board(run, job.board, name, gauges, artifact)}
     training = in_thread(lambda: train(request, runs, _TrialProgress(job.board, name)))
     curve = _Curve(job, point.index, config.train.steps)
     while not training.done():

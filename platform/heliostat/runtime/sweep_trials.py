@@ -19,6 +19,7 @@ from heliostat.evaluation.judge import Candidate
 from heliostat.models.stored import BACKBONE, MODEL_JSON, read_backbone_files
 from heliostat.runtime.sweep_points import SEED, Point, short
 from heliostat.storage import Store
+from heliostat.training.checkpoint import FOLDER as CHECKPOINTS
 from heliostat.training.teacher_files import FOLDER
 
 TRIALS = "trials.json"
@@ -139,9 +140,9 @@ def read_failure(files: Store, index: int) -> str | None:
 
 
 def drop_scratch(files: Store, index: int) -> None:
-    """Remove what an ended trial needs no more: checkpoints, and the weights of its evaluation points."""
+    """Remove what an ended trial needs no more and what is large: checkpoints, and the weights of its evaluation points."""
     scratch, results = trial_scratch(files, index), trial_files(files, index)
-    for entry in list(scratch.list()):
+    for entry in list(scratch.list(CHECKPOINTS)):
         scratch.delete(entry.key)
     for entry in list(results.list(FOLDER)):
         if entry.key.endswith((BACKBONE, MODEL_JSON)):
