@@ -1,5 +1,7 @@
 """Points that Optuna draws are a function of settings and results, whatever order the results came in."""
 
+from dataclasses import replace
+
 import pytest
 
 from heliostat.config import validate
@@ -67,10 +69,12 @@ def test_a_point_is_drawn_again_alike_and_does_not_see_the_results_of_trials_tha
     assert optuna_point(config, 13, points[:13], worse) != points[13]
 
 
-@pytest.mark.parametrize("status", ["stopped", "failed"])
+@pytest.mark.parametrize("status", ["stopped", "failed", "not finite"])
 def test_trials_that_did_not_finish_are_told_as_such(status: str) -> None:
     config = sweep()
     points, results = search(config, 12)
-    told = {index: ended(points[index], status) if index % 3 == 0 else trial for index, trial in results.items()}
+    nan = {index: replace(trial, value=float("nan")) for index, trial in results.items()}
+    others = nan if status == "not finite" else {index: ended(points[index], status) for index in results}
+    told = {index: others[index] if index % 3 == 0 else trial for index, trial in results.items()}
     drawn = optuna_point(config, 12, points, told)
     assert set(drawn.overrides) == set(SECTION["space"])

@@ -110,7 +110,9 @@ def _conclude(context: Context, draft: Draft, run: Run, state: SweepState) -> Su
     _refuse_failures(state)
     best = best_group(trials, config)
     if best is None:
-        raise TrainingError(f"none of the {state.count} trials ran to its end; see {draft.files.uri}, or relax sweep.asha")
+        raise TrainingError(
+            f"none of {state.count} trials ran to its end with a finite {config.metric}; see {draft.files.uri}, or relax sweep.asha"
+        )
     for line in table_lines(trials, config):
         context.progress.say(f"          {line}")
     files = {

@@ -1,6 +1,7 @@
 """EDGE Optuna: the only file that imports it. One point of a sweep from the results of the points before."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,7 +48,7 @@ def optuna_point(sweep: SweepConfig, index: int, points: Sequence[Point], result
 def _told(optuna: Any, trial: Trial) -> dict[str, Any]:
     """How a trial ended, in Optuna's words. A stopped one counts by its last value at its last step."""
     state = optuna.trial.TrialState
-    if trial.status == "failed" or trial.value is None:
+    if trial.status == "failed" or trial.value is None or not math.isfinite(trial.value):
         return {"state": state.FAIL}
     if trial.status == "stopped":
         return {"state": state.PRUNED, "intermediate_values": dict(trial.curve), "value": trial.value}

@@ -40,6 +40,8 @@ class Group:
     def spread(self) -> float:
         """Standard deviation over seeds; 0 for one."""
         values = [trial.value for trial in self.counted if trial.value is not None]
+        if not all(math.isfinite(value) for value in values):
+            return math.nan  # the standard library's function knows no NaN
         return statistics.stdev(values) if len(values) > 1 else 0.0
 
     @property
@@ -73,9 +75,9 @@ def ranked(trials: Sequence[Trial], sweep: SweepConfig) -> list[Group]:
 
 
 def best_group(trials: Sequence[Trial], sweep: SweepConfig) -> Group | None:
-    """The best settings among those that ran to their end; None where none did."""
+    """The best settings among those that ran to their end and have a number; None where there are none."""
     first = next(iter(ranked(trials, sweep)), None)
-    return first if first is not None and first.finished else None
+    return first if first is not None and first.finished and math.isfinite(first.value or 0.0) else None
 
 
 def _shown(trials: Sequence[Trial], sweep: SweepConfig) -> list[Group]:
