@@ -74,9 +74,8 @@ def sweep(context: Context, config: SweepConfig) -> Artifact:
 def _settings(base: PretrainConfig, config: SweepConfig, common: PretrainConfig) -> dict[str, Any]:
     """What belongs into the fingerprint: not speed and place, but how results are measured where trials depend on it."""
     plain = config_of(config, without=_NOT_IN_FINGERPRINT)
-    plain["overrides"] = {
-        key: value for key, value in plain["overrides"].items() if key.partition(".")[0] not in NOT_IN_FINGERPRINT
-    }
+    shared = plain["overrides"].items()
+    plain["overrides"] = {key: value for key, value in shared if not {key, key.partition(".")[0]} & set(NOT_IN_FINGERPRINT)}
     if config.space and config.search == "optuna":
         plain["max_concurrent_trials"] = config.max_concurrent_trials  # how many results a draw does without
     settings: dict[str, Any] = {"sweep": plain, "pretrain": config_of(base, without=(*NOT_IN_FINGERPRINT, "init.weights"))}
@@ -101,7 +100,11 @@ def _run(context: Context, state: SweepState, *, images: TrainingData, ref: Arti
     from heliostat.runtime.sweep_tune import run_trials  # Ray Tune is a second's import, for this stage alone
 
     job = SweepJob(str(ref), state.base, state.sweep, images.sources(), state.files, context.tracker, Board(), start)
-    run_trials(state, job, context.progress)
+    try:
+        run_trials(state, job, context.progress)
+    except BaseException:
+        state.abandon()
+        raise
 
 
 def _conclude(context: Context, draft: Draft, run: Run, state: SweepState) -> Summary:
@@ -111,7 +114,7 @@ def _conclude(context: Context, draft: Draft, run: Run, state: SweepState) -> Su
     best = best_group(trials, config)
     if best is None:
         raise TrainingError(
-            f"none of {state.count} trials ran to its end with a finite {config.metric}; see {draft.files.uri}, or relax sweep.asha"
+            f"none of {state.count} trials ran to its end with a finite {config.metric}; look at {draft.files.uri}"
         )
     for line in table_lines(trials, config):
         context.progress.say(f"          {line}")
@@ -140,6 +143,8 @@ def _refuse_failures(state: SweepState) -> None:
     """Raises TrainingError when more trials failed than may."""
     failed = [trial for trial in state.table() if trial.status == "failed"]
     if len(failed) <= state.sweep.max_failed_trials:
+        if state.waiting:
+            raise TrainingError(f"{len(state.waiting)} of {state.count} trials did not run; the same command takes them up")
         return
     raise TrainingError(
         f"{len(failed)} of {state.count} trials failed (sweep.max_failed_trials is {state.sweep.max_failed_trials}), first "

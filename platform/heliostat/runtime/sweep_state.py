@@ -152,6 +152,11 @@ class SweepState:
         if trial.status != "finished":
             run.finish("KILLED" if trial.status == "stopped" else "FAILED")
 
+    def abandon(self) -> None:
+        """Close the runs of trials that go on when the sweep is taken up again."""
+        for index in list(self._running):
+            self._tracker.attach(self._points[index][1]).finish("KILLED")
+
     def table(self) -> list[Trial]:
         """All trials that ended, in order."""
         return [self.ends[index] for index in sorted(self.ends)]

@@ -60,7 +60,8 @@ class _TrialProgress(Progress):
         self._board, self._trial = board, trial
 
     def say(self, text: str = "") -> None:
-        self._board.note(f"trial {self._trial}: {text.strip()}")
+        if text.strip():
+            self._board.note(f"trial {self._trial}: {text.strip()}")
 
     def update(self, text: str, *, final: bool = False) -> None:
         return

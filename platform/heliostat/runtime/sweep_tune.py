@@ -14,7 +14,7 @@ from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from heliostat.errors import HeliostatError
+from heliostat.errors import HeliostatError, TrainingError
 from heliostat.runtime.interrupt import run_interruptible
 from heliostat.runtime.progress import Progress, bar
 from heliostat.runtime.relay import Watcher
@@ -130,7 +130,10 @@ def run_trials(state: SweepState, job: SweepJob, progress: Progress) -> None:
                 failure_config=tune.FailureConfig(max_failures=config.scaling.max_failures),
             ),
         )
-        run_interruptible(tuner.fit)
+        try:
+            run_interruptible(tuner.fit)
+        except tune.TuneError as error:
+            raise TrainingError(f"Ray Tune gave up: {' '.join(str(error).split())[-300:]}; see --debug") from error
     if search.error is not None:
         raise search.error
 
