@@ -37,10 +37,10 @@ def num_fitting(config: PretrainConfig, nodes: Sequence[Mapping[str, float]]) ->
     workers = sum(
         min(math.floor(node.get(name, 0.0) / amount + 1e-9) for name, amount in demand.items() if amount) for node in nodes
     )
-    fitting = workers // max(1, config.scaling.num_workers)
+    fitting = workers // config.scaling.worker_range[0]
     if config.online.enabled:
         for name, amount in (("CPU", config.online.num_cpus), ("GPU", config.online.num_gpus)):
-            whole = demand.get(name, 0.0) * max(1, config.scaling.num_workers) + amount
+            whole = demand.get(name, 0.0) * config.scaling.worker_range[0] + amount
             if amount:
                 fitting = min(fitting, math.floor(sum(node.get(name, 0.0) for node in nodes) / whole + 1e-9))
     return fitting
@@ -55,7 +55,7 @@ def concurrent_trials(sweep: SweepConfig, config: PretrainConfig, nodes: Sequenc
         return sweep.max_concurrent_trials
     fitting = num_fitting(config, nodes)
     if fitting == 0:
-        workers = max(1, config.scaling.num_workers)
+        workers = config.scaling.worker_range[0]
         demand = ", ".join(f"{amount:g} {name}" for name, amount in worker_demand(config).items())
         there = {name: sum(node.get(name, 0.0) for node in nodes) for name in worker_demand(config)}
         raise TrainingError(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from heliostat.data.image_source import ImageSource
-from heliostat.errors import HeliostatError, TrainingError
+from heliostat.errors import HeliostatError, PreemptedError, TrainingError
 from heliostat.runtime.interrupt import in_thread
 from heliostat.runtime.progress import Progress
 from heliostat.runtime.relay import Gauges
@@ -77,6 +77,8 @@ def run_trial(parameters: dict[str, Any], *, job: SweepJob) -> None:
     run = job.tracker.attach(parameters["run_id"])
     try:
         _train(point, run, job)
+    except PreemptedError:
+        raise  # its machine went; the checkpoint is good, and Ray Tune starts it again
     except HeliostatError as error:
         write_failure(job.files, point.index, str(error))
         run.finish("FAILED")
@@ -87,7 +89,8 @@ def _train(point: Point, run: Run, job: SweepJob) -> None:
     name, artifact = point.name, f"{job.artifact} trial {point.name}"
     results = trial_files(job.files, point.index)
     start = {"": fit_backbone(job.start, config.student)} if job.start is not None else {}
-    work = TrainingJob(config, job.sources, trial_scratch(job.files, point.index), start=start, outputs={"": results})
+    scratch, labels = trial_scratch(job.files, point.index), {"tracker_run": run.id}
+    work = TrainingJob(config, job.sources, scratch, start=start, outputs={"": results}, labels=labels)
     request = TrainingRequest({"": artifact}, work, tracker_on_board(job.tracker, job.board, name), {"": run.id})
     # Without a worker group nobody else exports what is measured here.
     gauges = Gauges() if config.scaling.num_workers == 0 else None
