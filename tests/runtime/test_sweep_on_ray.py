@@ -170,6 +170,21 @@ def test_bad_trials_are_stopped_by_what_an_earlier_driver_saw_and_each_frees_all
     assert [line.partition(":")[0] for line in said] == [f"trial 00{n} stopped at step {state.ends[n].step}" for n in (1, 2)]
 
 
+def own_nodes() -> list[str]:
+    """Runs in a process of Ray: the nodes that its dashboard knows."""
+    from ray.util.state import list_nodes
+
+    return [node.node_id for node in list_nodes()]
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_processes_of_a_local_ray_ask_its_own_dashboard_whatever_else_runs_on_the_machine() -> None:
+    """What frees the workers of a stopped trial asks it; with two Rays on a machine it used to find neither."""
+    (node,) = ray.nodes()
+    assert ray.get(ray.remote(own_nodes).remote()) == [node["NodeID"]]
+    assert os.environ["RAY_API_SERVER_ADDRESS"].startswith("http://127.0.0.1:")
+
+
 def tiny(folder: Path, section: dict, *overrides: str) -> Context:
     """A context over a store with images, which tracks nothing."""
     path = recipe_file(folder, section)
