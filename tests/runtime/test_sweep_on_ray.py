@@ -2,12 +2,14 @@
 
 import io
 import json
+import os
 import re
 import signal
 from pathlib import Path
 
 import mlflow
 import pytest
+import ray
 from curation_runs import local_ray
 from demo_run import run, run_until
 from tiny_training import SETTINGS, SHARD, final_files, job, settings, shard
@@ -22,8 +24,9 @@ from heliostat.runtime.progress import Progress
 from heliostat.runtime.recipe import read_recipe
 from heliostat.runtime.stage_sweep import sweep
 from heliostat.runtime.sweep_config import SweepConfig
+from heliostat.runtime.sweep_points import Point
 from heliostat.runtime.sweep_state import SweepState
-from heliostat.runtime.sweep_trials import Trial, read_trials, trial_candidates, trial_files, write_trial
+from heliostat.runtime.sweep_trials import Trial, read_trials, trial_candidates, trial_files, write_point, write_trial
 from heliostat.storage import LocalStore
 from heliostat.tracking import NullTracker
 
@@ -155,6 +158,7 @@ def test_bad_trials_are_stopped_by_what_an_earlier_driver_saw_and_each_frees_all
     said: list[str] = []
     state = SweepState(work.config, config, files, tracker=NullTracker(), parent_run="", notify=said.append)
     curve = [(step, 30.0) for step in (10, 20, 40, 80)]  # far better than any of these runs
+    write_point(files, Point(0, {"train.seed": 0}), "")
     write_trial(files, Trial("000", {"train.seed": 0}, "finished", 30000, 30.0, curve=curve))
     state.take_up()
     stream = io.StringIO()

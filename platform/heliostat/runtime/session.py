@@ -77,8 +77,8 @@ def open_session(config: ClusterConfig) -> Iterator[None]:
 def _dashboard_named(port: int) -> Iterator[None]:
     """Tell the processes of a local Ray where its dashboard is; 0 tells them nothing.
 
-    What frees the workers of a training run whose driving process has died asks the dashboard whether it has. Where a second Ray
-    runs on the machine it would not know which one to ask, end with an error, and their places would be taken for ever.
+    What frees the workers of a training run whose driving process has died asks the dashboard whether it has. Where a second
+    Ray runs on the machine it would not know which one to ask and end with an error; their places stayed taken for ever.
     """
     name = "RAY_API_SERVER_ADDRESS"
     before = os.environ.get(name)

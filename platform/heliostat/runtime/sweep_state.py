@@ -71,6 +71,8 @@ class SweepState:
             trial = read_trial(self.files, index)
             if trial is not None:
                 self.ends[index] = trial
+                drop_scratch(self.files, index)  # that driver may have died between the record and this
+                self._close(trial, self._points[index][1])
 
     @property
     def num_failed(self) -> int:

@@ -60,7 +60,7 @@ class _Search(Searcher):  # type: ignore[misc]
             self._state.reported(self._numbers[trial_id], int(result["step"]), float(result["value"]))
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """A trial ended by itself, was stopped, or crashed more often than it may. The result that stopped it comes only here."""
+        """A trial ended by itself, was stopped, or crashed too often. The result that stopped it comes only here."""
         if result is not None:
             self.on_trial_result(trial_id, result)
         try:
