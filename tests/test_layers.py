@@ -43,6 +43,7 @@ OWNERS = {
     "lxml": ["crawling/links.py"],
     "protego": ["crawling/robots.py"],
     "warcio": ["crawling/warc.py"],
+    "optuna": ["runtime/sweep_search.py"],
     "triton": ["kernels/"],
     "transformers": ["publishing/huggingface_format.py"],
     "timm": ["publishing/timm_format.py"],

@@ -50,7 +50,7 @@ def inputs(name: str = "teacher") -> ReportInputs:
         funnel=[{"stage": name, "rows_in": 5000, "rows_kept": 4999, "dropped_by_reason": {name: 1}}],
         copies={"recall": 0.9, "precision": 0.8, "num_found": 9, "num_planted": 10, "recall_by_kind": {name: 0.5}},
         records={name: record},
-        trials=[{"name": name, "overrides": {name: name}, "metrics": {"train/loss": 1.5}}],
+        trials=[{"name": name, "overrides": {name: name}, "value": 0.5, "status": "stopped", "step": 50}],
     )
 
 

@@ -168,9 +168,8 @@ def test_there_is_no_next_stage_after_the_last_one_or_without_a_recipe(finished,
     assert not [line for line in lines if "next stage" in line]
 
 
-def test_our_own_command_runs(tmp_path: Path) -> None:
-    assert "model" not in in_a_shell(heliostat_command(["recipes"]), tmp_path).split()
-    assert "laptop" in in_a_shell(heliostat_command(["recipes"]), tmp_path).split()
+def test_our_own_command_runs_where_it_was_printed() -> None:
+    assert "laptop" in in_a_shell(heliostat_command(["recipes"]), Path.cwd()).split()
 
 
 def free_port() -> int:

@@ -32,6 +32,8 @@ PARAMETERS = {
     ("vitl16_short", "pretrain"): [304_368_640 - (1369 - 196) * 1024 + (16**2 - 14**2) * 3 * 1024],
     ("distill_vitg14", "distill"): [22_058_112 - GRID * 384, 86_583_552 - GRID * 768, 304_372_736 - GRID * 1024],
     ("laptop", "pretrain"): [622_976],
+    ("sweep_koleo", "pretrain"): [622_976],
+    ("ablation", "pretrain"): [622_976 + (16**2 - 8**2) * 3 * 128 - (4**2 - 2**2) * 128],
     ("laptop", "distill"): [164_032],
     ("laptop", "distill, student from scratch"): [164_032],
 }
@@ -89,7 +91,7 @@ def test_the_printed_parameters_are_those_of_the_modules(stage: str) -> None:
     assert run_lines(run)[0] == f"parameters  {backbone:,} in the backbone, {head:,} in the heads"
 
 
-@pytest.mark.parametrize("recipe", ["vitl14", "distill_vitg14"])
+@pytest.mark.parametrize("recipe", ["vitl14", "distill_vitg14", "sweep_koleo"])
 def test_a_dry_run_imports_neither_torch_nor_ray(recipe: str) -> None:
     code = (
         "import sys; from heliostat.cli import main\n"
@@ -215,5 +217,16 @@ def test_trials_count_in_the_sum_of_all_runs() -> None:
     recipe = read_recipe("laptop")
     lines = cost_lines(recipe, recipe.stages)
     assert "# sweep: 6 trials, 2 at a time" in lines
+    assert "#   trials      one process each" in lines
     minutes = [int(re.search(r"about (\d+) minutes?", line)[1]) for line in lines if "minute" in line]
     assert minutes[-1] == pytest.approx(sum(minutes[:-1]), abs=2)
+
+
+def test_a_search_is_counted_by_draws_from_its_space_and_says_so() -> None:
+    words = ("sweep.grid={}", "sweep.space={optim.lr: {low: 1e-4, high: 1e-2}}", "sweep.search=optuna", "sweep.num_trials=9")
+    recipe = read_recipe("sweep_koleo", (*words, "sweep.asha={grace_steps: 25}"))
+    lines = cost_lines(recipe, ["sweep"])
+    assert "# sweep: 9 trials, 2 at a time" in lines
+    assert "#   trials      1 worker each" in lines
+    assert "#   note        all to their end; sweep.asha stops some from step 25 on" in lines
+    assert any("Optuna draws the trials as it goes" in line for line in lines)

@@ -17,23 +17,3 @@ class ClusterConfig(StrictModel):
     """Bytes of the local object store."""
     connect_timeout_seconds: int = Field(default=20, ge=1)
     """How long a cluster may take to answer before it counts as absent."""
-
-
-Value = bool | int | float | str
-
-
-class SweepConfig(StrictModel):
-    """A grid of trials of the recipe's pretrain section."""
-
-    grid: dict[str, tuple[Value, ...]]
-    """Key of the pretrain section -> values to try; every combination is one trial."""
-    overrides: dict[str, Value] = Field(default_factory=dict)
-    """Settings of the pretrain section that all trials share, such as fewer steps."""
-    max_concurrent_trials: int = Field(default=2, ge=1)
-    """Trials that run at once."""
-    cpus_per_trial: float = Field(default=1.0, gt=0)
-    """Logical CPUs that Ray reserves for a trial."""
-    gpus_per_trial: float = Field(default=0.0, ge=0)
-    """GPUs that Ray reserves for a trial."""
-    report_every_steps: int = Field(default=50, ge=1)
-    """Steps between reports of a trial to the scheduler."""

@@ -10,7 +10,8 @@ from heliostat.errors import ArtifactNotFoundError
 from heliostat.models.config import BackboneConfig
 from heliostat.models.flops import num_backbone_parameters
 from heliostat.runtime.recipe import Recipe, read_recipe
-from heliostat.runtime.sweep_grid import trial_configs
+from heliostat.runtime.sweep_config import SweepConfig
+from heliostat.runtime.sweep_points import trial_configs
 from heliostat.runtime.weight_names import names_artifact
 from heliostat.storage import open_store
 from heliostat.training.costs import flops_per_image, head_training_flops_per_image, num_images, num_parameters
@@ -78,8 +79,7 @@ def cost_lines(recipe: Recipe, stages: Sequence[str]) -> list[str]:
     for stage in stages:
         own = training_runs(recipe, stage)
         if stage == "sweep" and recipe.sweep is not None:
-            lines.append(f"# sweep: {len(own)} trials, {recipe.sweep.max_concurrent_trials} at a time")
-            lines.append(f"#   time        {_time_text(own, recipe.sweep.gpus_per_trial > 0)}")
+            lines += sweep_lines(recipe.sweep, own)
         else:
             for run in own:
                 lines += [f"# {run.name}: {_headline(run)}", *(f"#   {line}" for line in run_lines(run))]
@@ -90,6 +90,24 @@ def cost_lines(recipe: Recipe, stages: Sequence[str]) -> list[str]:
     if on_gpus:
         lines.append(f"# {_SOURCE}")
     return ["\n# what this would cost, by formula", *lines] if lines else []
+
+
+def sweep_lines(sweep: SweepConfig, trials: Sequence[TrainingRun]) -> list[str]:
+    """Comment lines about the trials of a sweep."""
+    scaling = trials[0].config.scaling
+    where = (
+        f"{scaling.num_workers} worker{'s' if scaling.num_workers > 1 else ''} each"
+        if scaling.num_workers
+        else "one process each"
+    )
+    lines = [f"# sweep: {len(trials)} trials, {sweep.max_concurrent_trials} at a time", f"#   trials      {where}"]
+    lines.append(f"#   compared    by {sweep.metric}, {'more' if sweep.mode == 'max' else 'less'} is better")
+    lines.append(f"#   time        {_time_text(trials, scaling.use_gpu)}")
+    if sweep.asha is not None:
+        lines.append(f"#   note        all to their end; sweep.asha stops some from step {sweep.asha.grace_steps} on")
+    if sweep.space and sweep.search == "optuna":
+        lines.append("#   note        Optuna draws the trials as it goes; counted are independent draws from the same space")
+    return lines
 
 
 def training_runs(recipe: Recipe, stage: str) -> list[TrainingRun]:

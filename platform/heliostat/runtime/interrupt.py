@@ -13,12 +13,8 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def run_interruptible(work: Callable[[], T], ask_to_stop: Callable[[], None] | None = None, grace_seconds: float = 0.0) -> T:
-    """The result of `work`, done in a thread; a signal's KeyboardInterrupt is raised here at once.
-
-    With ask_to_stop the first signal only asks, and the work may take grace_seconds to end by itself; a second one, or the end
-    of that time, raises. The thread is a daemon: what it waits for ends with the Ray session.
-    """
+def in_thread(work: Callable[[], T]) -> "Future[T]":
+    """Start `work` in a thread. The thread is a daemon: what it waits for ends with the Ray session, or with the process."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -28,6 +24,16 @@ def run_interruptible(work: Callable[[], T], ask_to_stop: Callable[[], None] | N
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True, name="heliostat-run").start()
+    return future
+
+
+def run_interruptible(work: Callable[[], T], ask_to_stop: Callable[[], None] | None = None, grace_seconds: float = 0.0) -> T:
+    """The result of `work`, done in a thread; a signal's KeyboardInterrupt is raised here at once.
+
+    With ask_to_stop the first signal only asks, and the work may take grace_seconds to end by itself; a second one, or the end
+    of that time, raises.
+    """
+    future = in_thread(work)
     try:
         return future.result()
     except KeyboardInterrupt:

@@ -15,8 +15,9 @@ from heliostat.errors import UsageError
 from heliostat.evaluation.config import EvaluateConfig
 from heliostat.models.config import BackboneConfig
 from heliostat.publishing.config import PublishConfig
-from heliostat.runtime.config import ClusterConfig, SweepConfig
+from heliostat.runtime.config import ClusterConfig
 from heliostat.runtime.named_sets import NAME, check_kind, check_set_names, join_sets
+from heliostat.runtime.sweep_config import SweepConfig
 from heliostat.tracking import TrackingConfig
 from heliostat.training.recipe import DistillConfig, PretrainConfig, phase_config
 

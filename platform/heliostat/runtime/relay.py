@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import ray
 
@@ -126,18 +126,31 @@ class Relay:
         ray.kill(self._actor)
 
 
-class Watcher:
+class Drained(Protocol):
+    """What a `Watcher` watches."""
+
+    def drain(self) -> list[tuple[str, dict[str, float], int]]:
+        """Fetch what came since the last call: (artifact, metrics, step), or (text, {}, -1)."""
+
+    def close(self) -> None:
+        """Nothing more will be fetched."""
+
+
+R = TypeVar("R", bound=Drained)
+
+
+class Watcher(Generic[R]):
     """Hands every event of a relay to `show(source_or_text, metrics, step)` in a thread, while a `with` block lasts.
 
     A line of text has step -1. The relay is drained once more at the end, then closed.
     """
 
-    def __init__(self, relay: Relay, show: Callable[[str, dict[str, float], int], None]) -> None:
+    def __init__(self, relay: R, show: Callable[[str, dict[str, float], int], None]) -> None:
         self._relay, self._show = relay, show
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="heliostat-progress")
 
-    def __enter__(self) -> Relay:
+    def __enter__(self) -> R:
         self._thread.start()
         return self._relay
 

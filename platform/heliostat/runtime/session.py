@@ -17,7 +17,7 @@ from heliostat.errors import ClusterError, UsageError
 from heliostat.runtime.config import ClusterConfig
 
 
-def _set_environment() -> None:
+def set_environment() -> None:
     """Defaults of Ray that Heliostat relies on; what the user has set wins."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -55,7 +55,7 @@ def open_session(config: ClusterConfig) -> Iterator[None]:
 
     SIGTERM does afterwards what it did before.
     """
-    _set_environment()
+    set_environment()
     import ray
 
     if ray.is_initialized():
@@ -66,19 +66,41 @@ def open_session(config: ClusterConfig) -> Iterator[None]:
         raise UsageError(f"cluster.num_cpus={config.num_cpus} cannot be set for the cluster at {address}; remove it")
     if address not in ("local", "auto"):
         _check_reachable(address, config.connect_timeout_seconds)
-    try:
-        with _sigterm_kept():
-            _initialise(address, config)
-    except Exception as error:  # Ray raises bare ones too, when a node does not come up in time
-        token = "" if address == "local" else "; a cluster with a token needs RAY_AUTH_MODE=token and the same token here"
-        raise ClusterError(f"Ray at {address} could not be used: {' '.join(str(error).split())[:300]}{token}") from error
+    port = _free_port()
+    with _dashboard_named(port if address == "local" else 0):
+        try:
+            with _sigterm_kept():
+                _initialise(address, config, port)
+        except Exception as error:  # Ray raises bare ones too, when a node does not come up in time
+            token = "" if address == "local" else "; a cluster with a token needs RAY_AUTH_MODE=token and the same token here"
+            raise ClusterError(f"Ray at {address} could not be used: {' '.join(str(error).split())[:300]}{token}") from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _dashboard_named(port: int) -> Iterator[None]:
+    """Tell the processes of a local Ray where its dashboard is; 0 tells them nothing.
+
+    What frees the workers of a training run whose driving process has died asks the dashboard whether it has. Where a second
+    Ray runs on the machine it would not know which one to ask and end with an error; their places stayed taken for ever.
+    """
+    name = "RAY_API_SERVER_ADDRESS"
+    before = os.environ.get(name)
+    if port:
+        os.environ[name] = f"http://127.0.0.1:{port}"
     try:
         yield
     finally:
-        ray.shutdown()
+        if port:
+            os.environ.pop(name)
+            if before is not None:
+                os.environ[name] = before
 
 
-def _initialise(address: str, config: ClusterConfig) -> None:
+def _initialise(address: str, config: ClusterConfig, dashboard_port: int) -> None:
     import ray
 
     common = {
@@ -92,7 +114,7 @@ def _initialise(address: str, config: ClusterConfig) -> None:
             num_cpus=config.num_cpus or os.cpu_count(),
             include_dashboard=True,  # without it Ray Train never frees the resources of a stopped run
             dashboard_host="127.0.0.1",
-            dashboard_port=_free_port(),
+            dashboard_port=dashboard_port,
             object_store_memory=config.object_store_memory,
             **common,
         )

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from heliostat.artifacts import Artifact, ArtifactRef, Draft
@@ -32,7 +33,7 @@ from heliostat.runtime.curation_review import FUNNEL, STATISTICS
 from heliostat.runtime.pipelines import Context, Summary, config_of, make
 from heliostat.runtime.planted import OURS, PLANTED
 from heliostat.runtime.stage_ingest import MANIFEST
-from heliostat.runtime.stage_sweep import read_trials, trial_candidates
+from heliostat.runtime.sweep_trials import read_trials, trial_candidates
 from heliostat.tracking import Run
 
 
@@ -183,7 +184,7 @@ def _report_inputs(
         copies=_planted(optional[PLANTED]),
         statistics=optional[STATISTICS] or {},
         records={role: artifact.record for role, artifact in {**inputs, "data": data}.items()},
-        trials=read_trials(inputs["sweep"]) if "sweep" in inputs else [],
+        trials=[asdict(trial) for trial in read_trials(inputs["sweep"])] if "sweep" in inputs else [],
     )
 
 

@@ -1,168 +1,152 @@
-"""sweep: a grid of trials of the pretrain section on Ray Tune, each a training run that leaves its weights.
+"""sweep: trials of the pretrain section on Ray Tune, each a training run of its own, compared in a table and a plot.
 
-    trials/000/trial.json, model.json, backbone.safetensors ...     one folder per trial, trial.json written last
-    trials.json                                                     the table
+    trials/000/...                 the model of a trial, its evaluations, and how it ended (`sweep_trials`)
+    trials.json, table.md, .csv    the table
+    plot.png                       the trials in one picture
+    best.yaml                      the recipe of the best settings
 
-A trial that has its trial.json is finished: a sweep that was interrupted runs only the others again, each from its newest
-checkpoint.
+A sweep that was interrupted goes on: what ended stays, what ran goes on from its newest checkpoint, no point is drawn twice.
 """
 
-import json
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from heliostat.artifacts import Artifact, Draft, clean
+from heliostat.artifacts import Artifact, ArtifactRef, Draft
 from heliostat.errors import ConfigError, TrainingError
-from heliostat.evaluation.judge import Candidate
-from heliostat.models.stored import read_backbone_files
-from heliostat.runtime.config import SweepConfig
-from heliostat.runtime.interrupt import run_interruptible
 from heliostat.runtime.pipelines import Context, Summary, config_of, make
-from heliostat.runtime.progress import bar
-from heliostat.runtime.relay import Relay, Watcher
 from heliostat.runtime.stage_train import NOT_IN_FINGERPRINT
-from heliostat.runtime.sweep_grid import grid_points, trial_configs
-from heliostat.runtime.training_data import training_data
-from heliostat.tracking import Run, Tracker
-from heliostat.training.run import TrainingJob, run_training
-from heliostat.training.world import World
+from heliostat.runtime.sweep_best import BEST, best_recipe, words
+from heliostat.runtime.sweep_config import SweepConfig
+from heliostat.runtime.sweep_metric import check_metric, compared_every, is_online, labelled_ref
+from heliostat.runtime.sweep_plot import draw_trials
+from heliostat.runtime.sweep_points import trial_config, trial_configs
+from heliostat.runtime.sweep_state import SweepState
+from heliostat.runtime.sweep_table import best_group, csv_text, markdown_table, table_lines
+from heliostat.runtime.sweep_trials import TRIALS, trial_bytes
+from heliostat.runtime.training_data import TrainingData, training_data
+from heliostat.runtime.weights import WeightSource, open_weights
+from heliostat.tracking import Run
+from heliostat.training.recipe import PretrainConfig
+from heliostat.training.start import StartingWeights, check_fit
 
-TRIALS = "trials.json"
-_TRIAL = "trial.json"
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One point of the grid."""
-
-    index: int
-    overrides: Mapping[str, Any]
-    job: TrainingJob
-
-    @property
-    def name(self) -> str:
-        """`000`, `001`, ... in the order of the grid."""
-        return f"{self.index:03d}"
+_NOT_IN_FINGERPRINT = ("max_concurrent_trials", "max_failed_trials")
+_OF_ONLINE = ("enabled", "every_steps", "labelled", "num_pictures", "num_cpus", "num_gpus")
 
 
 def sweep(context: Context, config: SweepConfig) -> Artifact:
-    """Run the recipe's grid of trials."""
+    """Run the recipe's trials. Returns the artifact with their table, plot and models."""
     base = context.recipe.pretrain
     if base is None:
         raise ConfigError("a sweep needs the pretrain section that its trials vary; add pretrain: to the recipe")
-    points = grid_points(config.grid)
     configs = trial_configs(base, config)
+    common = trial_config(base, config, {})
+    check_metric(context.recipe, config, common)
     images = training_data(context, base.data)
+    init = open_weights(context, base.init.weights, num_heads=base.student.num_heads) if base.init.weights else None
+    for one in configs if init is not None else ():
+        check_fit(init.what, init.config, one.student)  # type: ignore[union-attr]
 
     def work(draft: Draft, run: Run) -> Summary:
-        context.need_ray()
-        sources = images.sources()
-        trials = [
-            Trial(index, points[index], TrainingJob(one, sources, draft.files.child(f"trials/{index:03d}")))
-            for index, one in enumerate(configs)
-        ]
-        waiting = [trial for trial in trials if trial.job.files.size(_TRIAL) is None]
-        if len(waiting) < len(trials):
-            context.progress.say(f"  {len(trials) - len(waiting)} of {len(trials)} trials are finished already")
-        if waiting:
-            _run_trials(context, config, waiting, run.id)
-        table = [json.loads(trial.job.files.read(_TRIAL)) for trial in trials]
-        draft.put(TRIALS, json.dumps(table, indent=1).encode())
-        return Summary({"trials": len(trials)})
-
-    settings = {
-        "sweep": config_of(config, without=("max_concurrent_trials", "cpus_per_trial", "gpus_per_trial", "report_every_steps")),
-        "pretrain": config_of(base, without=NOT_IN_FINGERPRINT) | images.identity,
-    }
-    return make(context, context.recipe.ref("sweep"), stage="sweep", config=settings, inputs=images.inputs, work=work)
-
-
-def _run_trials(context: Context, config: SweepConfig, trials: Sequence[Trial], parent_run: str) -> None:
-    from ray import tune
-
-    total = sum(trial.job.config.train.steps for trial in trials)
-    steps: dict[str, int] = {}
-
-    def show(source: str, metrics: dict[str, float], step: int) -> None:
-        if step < 0:
-            context.progress.say(f"  {source}")
-            return
-        steps[source] = step
-        done = sum(steps.values())
-        context.progress.update(f"{len(trials)} trials {bar(done, total)} step {done}/{total}", final=done == total)
-
-    resources = {"cpu": config.cpus_per_trial} | ({"gpu": config.gpus_per_trial} if config.gpus_per_trial else {})
-    storage = tempfile.TemporaryDirectory(prefix="heliostat-sweep-", ignore_cleanup_errors=True)
-    with Watcher(Relay(), show) as relay, storage as folder:
-        shared = _Shared({trial.name: trial for trial in trials}, context.tracker, parent_run, relay, config.report_every_steps)
-        tuner = tune.Tuner(
-            tune.with_resources(tune.with_parameters(_run_trial, shared=shared), resources),
-            param_space={"trial": tune.grid_search([trial.name for trial in trials])},
-            tune_config=tune.TuneConfig(max_concurrent_trials=config.max_concurrent_trials),
-            run_config=tune.RunConfig(name="sweep", storage_path=folder, verbose=0),
+        state = SweepState(
+            base,
+            config,
+            draft.files,
+            tracker=context.tracker,
+            parent_run=run.id,
+            notify=lambda text: context.progress.say(f"  {text}"),
         )
-        results = run_interruptible(tuner.fit)
-    if results.errors:
-        text = str(results.errors[0]).strip().splitlines()
-        raise TrainingError(f"{len(results.errors)} of {len(trials)} trials failed, first: {text[-1] if text else 'unknown'}")
+        state.take_up()
+        if state.ends:
+            context.progress.say(f"  {len(state.ends)} of {state.count} trials ended before")
+        if state.waiting:
+            _run(context, state, images=images, ref=draft.ref, start=_start(base, init))
+        return _conclude(context, draft, run, state)
+
+    labelled = labelled_ref(context.recipe, common) if is_online(config) else ""
+    inputs = images.inputs | ({"init": init.artifact} if init is not None and init.artifact is not None else {})
+    inputs |= {"labelled": context.load(ArtifactRef.parse(labelled))} if labelled else {}
+    settings = _settings(base, config, common) | images.identity
+    settings |= {"init_sha256": init.sha256} if init is not None and init.sha256 else {}
+    return make(context, context.recipe.ref("sweep"), stage="sweep", config=settings, inputs=inputs, work=work)
 
 
-@dataclass(frozen=True)
-class _Shared:
-    """What every trial's process gets."""
+def _settings(base: PretrainConfig, config: SweepConfig, common: PretrainConfig) -> dict[str, Any]:
+    """What belongs into the fingerprint: not speed and place, but how results are measured where trials depend on it."""
+    plain = config_of(config, without=_NOT_IN_FINGERPRINT)
+    shared = plain["overrides"].items()
+    plain["overrides"] = {key: value for key, value in shared if not {key, key.partition(".")[0]} & set(NOT_IN_FINGERPRINT)}
+    if config.space and config.search == "optuna":
+        plain["max_concurrent_trials"] = config.max_concurrent_trials  # how many results a draw does without
+    settings: dict[str, Any] = {"sweep": plain, "pretrain": config_of(base, without=(*NOT_IN_FINGERPRINT, "init.weights"))}
+    if is_online(config):
+        settings["online"] = config_of(common.online, without=_OF_ONLINE)
+    if config.asha is not None:
+        settings["compared_every_steps"] = compared_every(config, common)
+    return settings
 
-    trials: Mapping[str, Trial]
-    tracker: Tracker
-    parent_run: str
-    relay: Relay
-    report_every_steps: int
+
+def _start(base: PretrainConfig, init: WeightSource | None) -> StartingWeights | None:
+    if init is None:
+        return None
+    weights = init.read()
+    return weights.without_heads() if base.init.heads == "fresh" else weights
 
 
-def _run_trial(parameters: dict[str, Any], *, shared: _Shared) -> None:
-    """Runs in a trial's process."""
-    from ray import tune
+def _run(context: Context, state: SweepState, *, images: TrainingData, ref: ArtifactRef, start: StartingWeights | None) -> None:
+    context.need_ray()
+    from heliostat.runtime.sweep_board import Board
+    from heliostat.runtime.sweep_trial import SweepJob
+    from heliostat.runtime.sweep_tune import run_trials  # Ray Tune is a second's import, for this stage alone
 
-    trial = shared.trials[parameters["trial"]]
-    relay, files, config = shared.relay, trial.job.files, trial.job.config
-    tags = {"mlflow.parentRunId": shared.parent_run} if shared.parent_run else {}
-    run = shared.tracker.start(f"trial {trial.name}", config=config_of(config), tags=tags)
-
-    def report(metrics: Mapping[str, float], step: int, model: str = "") -> None:
-        run.log_metrics(metrics, step)
-        relay.push(f"trial {trial.name}", metrics, step)
-        if step % shared.report_every_steps == 0 or step == config.train.steps:
-            tune.report({"step": step, **{name.replace("/", "_"): value for name, value in metrics.items()}})
-
-    status = "FAILED"
+    job = SweepJob(str(ref), state.base, state.sweep, images.sources(), state.files, context.tracker, Board(), start)
     try:
-        summary = run_training(trial.job, World(), report, lambda text: relay.note(trial.name, f"trial {trial.name}: {text}"))
-        record = {"name": trial.name, "overrides": dict(trial.overrides), "metrics": summary["metrics"][""]}
-        files.put(_TRIAL, json.dumps(record, indent=1).encode())
-        clean(files)
-        status = "FINISHED"
-    finally:
-        run.finish(status)
+        run_trials(state, job, context.progress)
+    except BaseException:
+        state.abandon()
+        raise
 
 
-def read_trials(artifact: Artifact) -> list[dict[str, Any]]:
-    """The table of a sweep artifact: name, overrides and last metrics of each trial."""
-    table: list[dict[str, Any]] = artifact.read_json(TRIALS)
-    return table
-
-
-def trial_candidates(artifact: Artifact) -> list[list[Candidate]]:
-    """The trials' backbones, grouped by their settings apart from the seed. Raises CheckpointError for damaged ones."""
-    groups: dict[str, list[Candidate]] = {}
-    for trial in read_trials(artifact):
-        backbone, info = read_backbone_files(
-            artifact.files.child(f"trials/{trial['name']}"), f"{artifact.ref} trial {trial['name']}"
+def _conclude(context: Context, draft: Draft, run: Run, state: SweepState) -> Summary:
+    """Table, plot and recipe of the best, in the artifact and in the tracker's run. Raises TrainingError for failed trials."""
+    trials, config = state.table(), state.sweep
+    _refuse_failures(state)
+    best = best_group(trials, config)
+    if best is None:
+        raise TrainingError(
+            f"none of {state.count} trials ran to its end with a finite {config.metric}; look at {draft.files.uri}"
         )
-        settings = {key: value for key, value in trial["overrides"].items() if key != "train.seed"}
-        shown = [
-            f"{key}={value}" for key, value in settings.items() if key != "crops.grayscale_probability"
-        ]  # a column tells it
-        name = f"sweep, {', '.join(shown) or 'all seeds'}"
-        groups.setdefault(json.dumps(settings, sort_keys=True), []).append(Candidate(name, info, backbone))
-    return list(groups.values())
+    for line in table_lines(trials, config):
+        context.progress.say(f"          {line}")
+    files = {
+        TRIALS: trial_bytes(trials),
+        "table.md": markdown_table(trials, config, str(draft.ref)).encode(),
+        "table.csv": csv_text(trials, config).encode(),
+        "plot.png": draw_trials(trials, config, str(draft.ref)),
+        BEST: best_recipe(context.recipe, config, best, inputs=draft.inputs).encode(),
+    }
+    with tempfile.TemporaryDirectory(prefix="heliostat-sweep-") as folder:
+        for name, data in files.items():
+            draft.put(name, data)
+            (Path(folder) / name).write_bytes(data)
+            run.log_file(Path(folder) / name)
+    context.progress.say(f"          best: {' '.join(words(best)) or 'the recipe as it is'}")
+    metrics = {config.metric: best.value} if best.value is not None else {}
+    run.log_metrics(metrics, best.step)
+    stopped = sum(trial.status == "stopped" for trial in trials)
+    counts = {"trials": len(trials)} | ({"stopped": stopped} if stopped else {})
+    counts |= {"failed": state.num_failed} if state.num_failed else {}
+    return Summary(counts, metrics)
+
+
+def _refuse_failures(state: SweepState) -> None:
+    """Raises TrainingError when more trials failed than may."""
+    failed = [trial for trial in state.table() if trial.status == "failed"]
+    if len(failed) <= state.sweep.max_failed_trials:
+        if state.waiting:
+            raise TrainingError(f"{len(state.waiting)} of {state.count} trials did not run; the same command takes them up")
+        return
+    raise TrainingError(
+        f"{len(failed)} of {state.count} trials failed (sweep.max_failed_trials is {state.sweep.max_failed_trials}), first "
+        f"{failed[0].name} ({failed[0].point.shown()}): {failed[0].error}; the same command takes up what is left"
+    )

@@ -8,7 +8,6 @@ import fcntl
 import logging
 import os
 import re
-import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -19,7 +18,8 @@ from typing import Any
 from heliostat.errors import TrackerLostError, TrackingError
 from heliostat.tracking.secrets import without_secrets
 
-_IMPORTING = threading.Lock()
+_OPENING = threading.Lock()
+_OPENED: set[str] = set()
 _TOO_MANY_REQUESTS = 429
 _SERVER_ERRORS = 500
 
@@ -29,15 +29,19 @@ def open_client(uri: str) -> Any:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    with _IMPORTING, contextlib.ExitStack() as stack:
-        if "mlflow" not in sys.modules:  # once, for the filters of warnings are shared between threads
-            stack.enter_context(warnings.catch_warnings())  # MLflow 3.17 warns about its own dependencies while it is imported
+    with _OPENING, contextlib.ExitStack() as stack:
+        if not _OPENED:  # once, for the filters of warnings are shared between threads
+            stack.enter_context(warnings.catch_warnings())  # MLflow 3 warns about its own dependencies when it is first used
             warnings.simplefilter("ignore")
         import mlflow
 
         for name in ("mlflow.store.db.utils", "alembic"):  # they tell of every table they create
             logging.getLogger(name).setLevel(logging.WARNING)
-        return mlflow.MlflowClient(tracking_uri=uri)
+        client = mlflow.MlflowClient(tracking_uri=uri)
+        if not _OPENED and uri.startswith("sqlite"):
+            client.search_experiments(max_results=1)  # the first query sets up its tables' classes, with warnings
+        _OPENED.add(uri)
+        return client
 
 
 @contextmanager
