@@ -14,6 +14,7 @@ from typing import Any
 
 from heliostat.artifacts import Artifact, ArtifactRef, Draft
 from heliostat.errors import ConfigError, TrainingError
+from heliostat.runtime.online_images import draw_images
 from heliostat.runtime.pipelines import Context, Summary, config_of, make
 from heliostat.runtime.stage_train import NOT_IN_FINGERPRINT
 from heliostat.runtime.sweep_best import BEST, best_recipe, words
@@ -60,7 +61,7 @@ def sweep(context: Context, config: SweepConfig) -> Artifact:
         if state.ends:
             context.progress.say(f"  {len(state.ends)} of {state.count} trials ended before")
         if state.waiting:
-            _run(context, state, images=images, ref=draft.ref, start=_start(base, init))
+            _run(context, state, common, images=images, ref=draft.ref, start=_start(base, init))
         return _conclude(context, draft, run, state)
 
     labelled = labelled_ref(context.recipe, common) if is_online(config) else ""
@@ -93,13 +94,23 @@ def _start(base: PretrainConfig, init: WeightSource | None) -> StartingWeights |
     return weights.without_heads() if base.init.heads == "fresh" else weights
 
 
-def _run(context: Context, state: SweepState, *, images: TrainingData, ref: ArtifactRef, start: StartingWeights | None) -> None:
+def _run(
+    context: Context,
+    state: SweepState,
+    common: PretrainConfig,
+    *,
+    images: TrainingData,
+    ref: ArtifactRef,
+    start: StartingWeights | None,
+) -> None:
     context.need_ray()
     from heliostat.runtime.sweep_board import Board
     from heliostat.runtime.sweep_trial import SweepJob
     from heliostat.runtime.sweep_tune import run_trials  # Ray Tune is a second's import, for this stage alone
 
-    job = SweepJob(str(ref), state.base, state.sweep, images.sources(), state.files, context.tracker, Board(), start)
+    sources = images.sources()
+    online = draw_images(context, common, sources)
+    job = SweepJob(str(ref), state.base, state.sweep, sources, state.files, context.tracker, Board(), start, online)
     try:
         run_trials(state, job, context.progress)
     except BaseException:

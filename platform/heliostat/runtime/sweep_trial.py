@@ -12,6 +12,7 @@ from typing import Any
 from heliostat.data.image_source import ImageSource
 from heliostat.errors import HeliostatError, PreemptedError, TrainingError
 from heliostat.runtime.interrupt import in_thread
+from heliostat.runtime.online_images import OnlineDraw
 from heliostat.runtime.progress import Progress
 from heliostat.runtime.relay import Gauges
 from heliostat.runtime.session import set_environment
@@ -50,6 +51,8 @@ class SweepJob:
     tracker: Tracker
     board: Board
     start: StartingWeights | None = None
+    online: OnlineDraw | None = None
+    """The images that every trial's evaluations look at."""
 
 
 class _TrialProgress(Progress):
@@ -91,7 +94,7 @@ def _train(point: Point, run: Run, job: SweepJob) -> None:
     start = {"": fit_backbone(job.start, config.student)} if job.start is not None else {}
     scratch, labels = trial_scratch(job.files, point.index), {"tracker_run": run.id}
     work = TrainingJob(config, job.sources, scratch, start=start, outputs={"": results}, labels=labels)
-    request = TrainingRequest({"": artifact}, work, tracker_on_board(job.tracker, job.board, name), {"": run.id})
+    request = TrainingRequest({"": artifact}, work, tracker_on_board(job.tracker, job.board, name), {"": run.id}, job.online)
     # Without a worker group nobody else exports what is measured here.
     gauges = Gauges() if config.scaling.num_workers == 0 else None
     runs = {"": shown_on_board(run, job.board, name, gauges, artifact)}
