@@ -99,7 +99,9 @@ def test_an_evaluator_without_room_is_told_about_with_what_it_needs(tar: bytes, 
     work = job(tmp_path, settings(), tar)
     evaluator = RayEvaluator(draw(work), OnlineConfig(num_gpus=1), start_timeout_seconds=2)
     try:
-        with pytest.raises(ClusterError, match=r"not placed within 2 s: it needs 0 CPU and 1 GPU besides the workers; lower"):
+        with pytest.raises(
+            ClusterError, match=r"did not start within 2 s: it needs 0 CPU and 1 GPU besides the workers; lower"
+        ):
             evaluator.prepare()
     finally:
         evaluator.close()

@@ -53,12 +53,15 @@ class RayEvaluator:
         self._prepared = self._actor.prepare.remote()
 
     def prepare(self) -> list[str]:
-        """Also raises ClusterError when no node has room for the actor within the start timeout."""
+        """Also raises ClusterError when no node has had room for what it reserves within the start timeout.
+
+        Without a reservation there always is room, and a busy machine only makes the start slow.
+        """
         remaining = max(1.0, self._started + self._timeout - time.monotonic())
-        done, _ = ray.wait([self._placed], timeout=remaining)
-        if not done:
+        reserves = self._config.num_cpus > 0 or self._config.num_gpus > 0
+        if reserves and not ray.wait([self._placed], timeout=remaining)[0]:
             raise ClusterError(
-                f"the evaluator was not placed within {self._timeout:g} s: it needs {self._config.num_cpus:g} CPU and "
+                f"the evaluator did not start within {self._timeout:g} s: it needs {self._config.num_cpus:g} CPU and "
                 f"{self._config.num_gpus:g} GPU besides the workers; lower online.num_cpus or online.num_gpus, or add a node"
             )
         notes: list[str] = ray.get(self._prepared)
