@@ -171,6 +171,9 @@ def test_every_command_of_a_guide_is_one_that_works(path: Path, tmp_path: Path, 
     web = "name: web\ncrawl: {contact: https://example.org/our-crawl, urls: [./image_urls.txt]}\ncurate: {}\n"
     for name, text in (("birds.yaml", minimal), ("photos.yaml", minimal), ("web.yaml", web)):  # as own_data.md lays them down
         (tmp_path / name).write_text(text, encoding="utf-8")
+    best = tmp_path / "heliostat-store/sweep/koleo@1/best.yaml"  # as the sweep of sweeps.md leaves it
+    best.parent.mkdir(parents=True)
+    best.write_text(minimal, encoding="utf-8")
     for block in blocks(path):
         if block.file_name:
             (tmp_path / block.file_name).write_text(block.text, encoding="utf-8")

@@ -94,6 +94,7 @@ def test_a_sweep_whose_driver_is_killed_goes_on_and_its_table_and_plot_are_in_th
         train_here(job(tmp_path / trial.name, settings(*shared, *words), tar))
         for key in ("backbone.safetensors", "heads.safetensors", "history.jsonl"):
             assert made.files.read(f"trials/{trial.name}/{key}") == final_files(tmp_path / trial.name)[key], trial.name
+    assert made.record.costs["cost/worker_hours"] > 0  # of all trials and attempts: their scratch tells it
     best = max(table, key=lambda trial: trial.value)
     check_tracker(store, table, best)
     check_best(made, best, store)

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from heliostat.artifacts import Artifact, ArtifactRef, ArtifactStore, Draft
-from heliostat.costs import compute_costs, cost_text, read_attempts, share_costs
+from heliostat.artifacts import WORK, Artifact, ArtifactRef, ArtifactStore, Draft
+from heliostat.costs import add_costs, compute_costs, cost_text, read_attempts, share_costs
 from heliostat.errors import ArtifactNotFoundError, HeliostatError, PreemptedError, UsageError
 from heliostat.runtime.progress import Progress
 from heliostat.runtime.recipe import Recipe
 from heliostat.runtime.run_description import code_version, describe_lineage, describe_result, describe_start, tags_of
 from heliostat.runtime.session import describe_session, open_session
-from heliostat.storage import check_writable, open_store
+from heliostat.storage import Store, check_writable, open_store
 from heliostat.tracking import Run, Tracker, open_tracker
 
 
@@ -207,9 +207,17 @@ def _commit(draft: Draft) -> Artifact:
 
 
 def _costs(context: Context, drafts: Sequence[Draft]) -> dict[str, float]:
-    """What the work on these drafts has cost so far, restarts included: an equal share for each of them."""
-    attempts = [attempt for draft in drafts for attempt in read_attempts(draft.files)]
-    return share_costs(compute_costs(attempts, context.recipe.costs), len(drafts)) if attempts else {}
+    """What the work on these drafts has cost so far, restarts and trials included: an equal share for each of them."""
+    together = [attempt for draft in drafts for attempt in read_attempts(draft.files)]
+    trials = [read_attempts(trial) for draft in drafts for trial in _trials_within(draft)]
+    costs = add_costs(compute_costs(attempts, context.recipe.costs) for attempts in (together, *trials) if attempts)
+    return share_costs(costs, len(drafts))
+
+
+def _trials_within(draft: Draft) -> list[Store]:
+    """The scratch of each trial of a sweep: runs of their own, whose steps none of the others does again."""
+    names = {entry.key.split("/")[2] for entry in draft.files.list(f"{WORK}trials/")}
+    return [draft.files.child(f"{WORK}trials/{name}") for name in sorted(names)]
 
 
 def config_of(section: Any, *, without: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -148,11 +148,10 @@ class SweepState:
         return Trial(**facts, status="stopped", value=value, metrics={self.sweep.metric: value})
 
     def _close(self, trial: Trial, run_id: str) -> None:
-        """Close the run of a trial whose own process could not: the one that finished has done so itself."""
+        """Close the run of a trial. One that finished does so itself, unless it was killed just after its record."""
         run = self._tracker.attach(run_id)
         run.set_tags({"heliostat.status": trial.status})
-        if trial.status != "finished":
-            run.finish("KILLED" if trial.status == "stopped" else "FAILED")
+        run.finish({"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}[trial.status])
 
     def abandon(self) -> None:
         """Close the runs of trials that go on when the sweep is taken up again."""

@@ -6,11 +6,12 @@ with it the worker group that it started.
 
 from collections.abc import Sequence
 from concurrent.futures import wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from heliostat.data.image_source import ImageSource
 from heliostat.errors import HeliostatError, PreemptedError, TrainingError
+from heliostat.evaluation.online import PICTURE_PATCHES
 from heliostat.runtime.interrupt import in_thread
 from heliostat.runtime.online_images import OnlineDraw
 from heliostat.runtime.progress import Progress
@@ -54,6 +55,13 @@ class SweepJob:
     online: OnlineDraw | None = None
     """The images that every trial's evaluations look at."""
 
+    def online_of(self, config: PretrainConfig) -> OnlineDraw | None:
+        """The same images at the sizes of one trial, whose crops and patches may differ from the others'."""
+        if self.online is None:
+            return None
+        size = config.online.image_size or config.crops.global_crops_size
+        return replace(self.online, image_size=size, picture_size=PICTURE_PATCHES * config.student.patch_size)
+
 
 class _TrialProgress(Progress):
     """Lines that stay go to the sweep's driver; passing states are shown there from the metrics."""
@@ -94,7 +102,8 @@ def _train(point: Point, run: Run, job: SweepJob) -> None:
     start = {"": fit_backbone(job.start, config.student)} if job.start is not None else {}
     scratch, labels = trial_scratch(job.files, point.index), {"tracker_run": run.id}
     work = TrainingJob(config, job.sources, scratch, start=start, outputs={"": results}, labels=labels)
-    request = TrainingRequest({"": artifact}, work, tracker_on_board(job.tracker, job.board, name), {"": run.id}, job.online)
+    tracker = tracker_on_board(job.tracker, job.board, name)
+    request = TrainingRequest({"": artifact}, work, tracker, {"": run.id}, job.online_of(config))
     # Without a worker group nobody else exports what is measured here.
     gauges = Gauges() if config.scaling.num_workers == 0 else None
     runs = {"": shown_on_board(run, job.board, name, gauges, artifact)}
