@@ -61,7 +61,7 @@ def test_four_processes_open_a_new_database_at_once_and_lose_no_metric_and_no_ve
         assert client.get_run(run["run"]).info.status == "FINISHED"
     versions = client.search_model_versions("name = 'shared'")
     assert sorted(int(version.version) for version in versions) == list(range(1, PROCESSES + 1))
-    assert len({version.model_id for version in versions}) == PROCESSES
+    assert len({version.source for version in versions}) == PROCESSES
     aliases = client.get_registered_model("shared").aliases
     assert sorted(aliases) == [f"writer-{worker}" for worker in range(PROCESSES)]
     assert len(set(aliases.values())) == PROCESSES
