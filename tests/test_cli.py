@@ -72,7 +72,7 @@ def test_help_and_version_import_nothing_heavy(command: list[str]) -> None:
         (["pretrain", "laptop", "other"], "heliostat pretrain takes one recipe, got laptop other"),
         (["run", "laptpo"], "no recipe at laptpo. Did you mean laptop?"),
         (["run", "demo"], "no recipe at demo. Did you mean laptop?"),
-        (["run", "./missing.yaml"], "no recipe at ./missing.yaml. Shipped recipes: distill_vitg14, laptop, "),
+        (["run", "./missing.yaml"], "no recipe at ./missing.yaml. Shipped recipes: ablation, distill_vitg14, laptop, "),
         (["pretrain", "laptop", "optim.rl=2e-4"], "unknown key: pretrain.optim.rl. Did you mean pretrain.optim.lr?"),
         (["run", "laptop", "pretrian.optim.lr=2e-4"], "unknown key: pretrian. Did you mean pretrain?"),
         (["pretrain", "laptop", "train.steps=many"], "pretrain.train.steps='many': input should be a valid integer"),

@@ -89,7 +89,16 @@ def test_nothing_is_loaded_from_elsewhere() -> None:
 
 def test_the_page_shows_the_numbers() -> None:
     page = render_report(inputs())
-    for shown in ("50.0", "± 3.1", "-1.2 ± 0.5 points", "+12.0 points", "4,999", "12,345", "recall 0.900", "stopped at step 50"):
+    for shown in (
+        "50.0",
+        "± 3.1",
+        "-1.2 ± 0.5 points",
+        "+12.0 points",
+        "4,999",
+        "12,345",
+        "recall 0.900",
+        "stopped at step 50",
+    ):
         assert shown in page, shown
 
 
