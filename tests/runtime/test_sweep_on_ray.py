@@ -10,7 +10,6 @@ from pathlib import Path
 import mlflow
 import pytest
 import ray
-from curation_runs import local_ray
 from demo_run import run, run_until
 from tiny_training import SETTINGS, SHARD, final_files, job, settings, shard
 from tiny_training import train as train_here
@@ -30,7 +29,6 @@ from heliostat.runtime.sweep_trials import Trial, read_trials, trial_candidates,
 from heliostat.storage import LocalStore
 from heliostat.tracking import NullTracker
 
-__all__ = ["local_ray"]
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Ray 2.60's, about its own settings
