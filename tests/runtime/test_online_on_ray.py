@@ -1,23 +1,18 @@
 """The evaluator as an actor: the same numbers as in a thread, a lost actor comes back, one without room is told about."""
 
 import io
-import os
-import shutil
 import signal
-import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from local_ray import started_ray
 from online_draw import draw
 from tiny_training import SETTINGS, Log, job, settings, shard
 
 from heliostat.errors import ClusterError
-from heliostat.runtime.config import ClusterConfig
 from heliostat.runtime.online import PICTURE, LocalEvaluator, OnlineEvaluation
-from heliostat.runtime.session import open_session
 from heliostat.storage import LocalStore
 from heliostat.tracking import NullRun, NullTracker
 from heliostat.training.run import Watch, run_training
@@ -34,15 +29,9 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    folder = tempfile.mkdtemp(prefix="hse", dir="/tmp")  # short: Ray keeps unix sockets below it
-    with pytest.MonkeyPatch.context() as environment:
-        environment.delenv("RAY_ADDRESS", raising=False)
-        environment.setenv("RAY_TMPDIR", folder)
-        environment.setenv("RAY_AUTH_MODE", "disabled")
-        environment.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
-        with open_session(ClusterConfig(address="local", num_cpus=1, object_store_memory=100_000_000)):
-            yield
-    shutil.rmtree(folder, ignore_errors=True)
+    """One logical CPU: the evaluator shares that of the worker."""
+    with started_ray(num_cpus=1):
+        yield
 
 
 @pytest.fixture(scope="module")
