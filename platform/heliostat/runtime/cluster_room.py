@@ -28,7 +28,8 @@ def check_room(resources: Mapping[str, float], job: TrainingJob) -> None:
         fewer += ", loader.ray_workers or loader.workers, use loader.via=threads,"
     for name, amount in needed.items():
         if amount * num_workers > total.get(name, 0):
-            more = "raise cluster.num_cpus" if name == "CPU" else f"add nodes that have {name}"
+            is_own = not os.environ.get("RAY_ADDRESS")  # of a cluster that is joined nothing can be set
+            more = "raise cluster.num_cpus" if name == "CPU" and is_own else f"add nodes that have {name}"
             raise TrainingError(
                 f"{who} need {amount * num_workers:g} {name}, Ray has {total.get(name, 0):g}; {fewer} or {more}"
             )
