@@ -71,7 +71,7 @@ def test_an_actor_whose_process_is_killed_comes_back_and_finds_the_same(judged: 
     try:
         assert evaluator.prepare() == []
         (process,) = evaluator_processes()
-        assert process.nice() == 19  # Ray's workers are at 15
+        assert process.nice() > psutil.Process().nice()  # it yields to everything else
         process.send_signal(signal.SIGKILL)
         files = LocalStore(tmp_path)
         for name in ("model.json", "backbone.safetensors"):
