@@ -117,9 +117,9 @@ class MarkingTracker:
     folder: Path
     last: int
 
-    def attach(self, run_id: str) -> MarkingRun:
+    def attach(self, run_id: str, *rest: Any) -> MarkingRun:
         mark(self.folder, "worker")
-        return MarkingRun(self.tracker.attach(run_id), self.folder, self.last, run_id)
+        return MarkingRun(self.tracker.attach(run_id, *rest), self.folder, self.last, run_id)
 
 
 def bare(folder: Path, config: PretrainConfig, tar: bytes) -> None:
@@ -267,7 +267,7 @@ def overhead_lines(rounds: int, steps: int) -> list[str]:
 
 def start_lines(rounds: int) -> list[str]:
     """What a start on Ray is made of."""
-    found = [run_side("ray", 3, "train.log_every_steps=1")["after"] for _ in range(rounds)]
+    found = [run_side("ray", FIRST + 2, "train.log_every_steps=1")["after"] for _ in range(rounds)]
     parts = {
         "imports, images, MLflow's database": [one["tracker"] for one in found],
         "Ray (ray.init)": [one["session"] - one["tracker"] for one in found],
