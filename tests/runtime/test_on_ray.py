@@ -146,7 +146,7 @@ def test_an_error_of_one_rank_ends_the_run_although_the_others_wait_for_it(tmp_p
     started = time.monotonic()
     with pytest.raises(TrainingError, match=r"worker 1 failed: .*the disk of the second rank is gone; see --debug"):
         fit(replace(work, sources=(replace(work.sources[0], reader=BrokenForOneRank({SHARD: tar})),)))
-    assert time.monotonic() - started < 120  # collective_timeout_seconds is 600
+    assert time.monotonic() - started < 400  # collective_timeout_seconds is 600
 
 
 def test_more_workers_than_the_cluster_has_room_for_are_refused_at_once(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def loading() -> Loading:
     )
 
 
-def _through_ray(loading: Loading, *, rank: int = 0, world_size: int = 1, said: list[str] | None = None, timeout: float = 60):
+def _through_ray(loading: Loading, *, rank: int = 0, world_size: int = 1, said: list[str] | None = None, timeout: float = 240):
     notify: Callable[[str], None] = print if said is None else said.append
     sources = ray.put(loading.sources)
     return RayLoader(loading, sources, rank=rank, world_size=world_size, notify=notify, start_timeout_seconds=timeout)

