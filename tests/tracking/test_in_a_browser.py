@@ -85,6 +85,8 @@ def test_the_registry_shows_the_published_version_with_its_alias_card_and_run(si
 
 def test_the_environment_and_the_drawn_lineage_are_files_of_the_run(site: Site) -> None:
     run_id = site.run_id("model/tiny-student@1")
-    assert {one.path for one in site.client().list_artifacts(run_id)} == {"environment.json", "lineage.html"}
+    paths = {one.path for one in site.client().list_artifacts(run_id)}
+    assert paths == {"environment.json", "lineage.html", "online"}  # the last holds the pictures of the evaluations
+    assert any(one.path.endswith(".png") for one in site.client().list_artifacts(run_id, "online"))
     page = f"experiments/{site.experiment()}/runs/{run_id}/artifacts"
     site.look("files", page, "environment.json", "lineage.html", height=900)
