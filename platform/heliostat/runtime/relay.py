@@ -81,11 +81,19 @@ class _Relay:
         return events
 
 
+def beside_driver(actor: type) -> Any:
+    """Start an actor on this process's own node: any other node may be lost, and the run goes on."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(actor).remote()
+
+
 class Relay:
     """Handle on the actor; can be passed to workers."""
 
     def __init__(self) -> None:
-        self._actor = ray.remote(num_cpus=0)(_Relay).remote()
+        self._actor = beside_driver(_Relay)
 
     def push(self, artifact: str, metrics: Mapping[str, float], step: int) -> None:
         """Send metrics of a step, without waiting."""

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import ray
 
-from heliostat.runtime.relay import Gauges
+from heliostat.runtime.relay import Gauges, beside_driver
 from heliostat.tracking import Run, Tracker
 
 Event = tuple[dict[str, float], int]
@@ -41,7 +41,7 @@ class Board:
     """Handle on the actor; can be passed to trials and workers."""
 
     def __init__(self) -> None:
-        self._actor = ray.remote(num_cpus=0)(_Board).remote()
+        self._actor = beside_driver(_Board)
 
     def push(self, trial: str, metrics: Mapping[str, float], step: int) -> None:
         """Send metrics of a step, without waiting."""

@@ -111,6 +111,8 @@ def _fit(request: TrainingRequest, relay: Relay, progress: Progress) -> dict[str
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(scaling.start_timeout_seconds)
     resources = {"CPU": scaling.cpus_per_worker} | ({"GPU": 1.0} if scaling.use_gpu else {})
     check_room(resources, request.job)
+    # Until Ray has noticed that a node is gone it places workers there, and every such start ends at the timeout.
+    starts = scaling.max_failures if scaling.max_failures < 0 else max(2, scaling.max_failures)
     low, high = scaling.worker_range
     slim = replace(request, job=replace(request.job, sources=()))  # the tables of images are put once, for data workers as well
     with tempfile.TemporaryDirectory(prefix="heliostat-train-", ignore_cleanup_errors=True) as folder:
@@ -122,12 +124,15 @@ def _fit(request: TrainingRequest, relay: Relay, progress: Progress) -> dict[str
                 timeout_s=scaling.collective_timeout_seconds + _WATCHDOG_SECONDS,
             ),
             scaling_config=ScalingConfig(
-                num_workers=low if low == high else (low, high), use_gpu=scaling.use_gpu, resources_per_worker=resources
+                num_workers=low if low == high else (low, high),
+                use_gpu=scaling.use_gpu,
+                resources_per_worker=resources,
+                elastic_resize_monitor_interval_s=scaling.resize_every_seconds,
             ),
             run_config=RunConfig(
                 name="run",
                 storage_path=folder,
-                failure_config=FailureConfig(max_failures=scaling.max_failures, controller_failure_limit=2),
+                failure_config=FailureConfig(max_failures=scaling.max_failures, controller_failure_limit=starts),
                 checkpoint_config=CheckpointConfig(num_to_keep=1),
             ),
         )

@@ -1,5 +1,6 @@
 """The sections `pretrain` and `distill` of a recipe."""
 
+import math
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, StringConstraints, model_validator
@@ -127,6 +128,12 @@ class TrainingConfig(StrictModel):
             raise ValueError(f"scaling.num_workers {scaling.num_workers} is outside of min_workers {low} to max_workers {high}")
         if low < high and scaling.num_workers == 0:
             raise ValueError("scaling.min_workers and max_workers need Ray, and scaling.num_workers is 0; use 1 or more")
+        if low < high and scaling.cpus_per_worker % 1:  # Ray rounds what it has reserved, and would resize for ever
+            cpus = scaling.cpus_per_worker
+            raise ValueError(
+                f"scaling.cpus_per_worker {cpus:g} is not whole, and Ray counts workers that come and go in whole CPUs; "
+                f"use {math.ceil(cpus)}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -16,6 +16,9 @@ class ScalingConfig(StrictModel):
     """Fewest processes that a run may shrink to when nodes are lost; 0 keeps num_workers."""
     max_workers: int = Field(default=0, ge=0)
     """Most processes that a run may grow to when nodes join; 0 keeps num_workers."""
+    resize_every_seconds: int = Field(default=60, ge=1)
+    """How often a run with min_workers or max_workers looks whether more workers fit than it has. Each change starts the group
+    again at the newest checkpoint."""
     parallel: Literal["auto", "none", "ddp", "zero1", "zero2", "zero3"] = "auto"
     """How weights and moments lie on the workers: whole on each (none for one worker, ddp for several), or sharded by DeepSpeed
     (zero1: moments, zero2: and gradients, zero3: and weights, student and teacher alike). auto takes the first of ddp, zero1,
@@ -34,8 +37,8 @@ class ScalingConfig(StrictModel):
     """Threads that torch uses in a worker; more of them change float32 sums in the last bit."""
     peak_tflops: float = Field(default=0.0, ge=0)
     """Dense bfloat16 peak of one worker's device in TFLOP/s, for train/mfu; 0 takes that of a known GPU, and none for CPUs."""
-    max_failures: int = Field(default=2, ge=0)
-    """How often a lost worker group is restarted from its newest checkpoint."""
+    max_failures: int = Field(default=2, ge=-1)
+    """How often a lost worker group is restarted from its newest checkpoint; -1 sets no limit."""
     start_timeout_seconds: int = Field(default=120, ge=1)
     """How long the cluster may take to place the workers, autoscaling included, before the run fails."""
     collective_timeout_seconds: int = Field(default=600, ge=10)
