@@ -65,6 +65,18 @@ def nearest_centroid(vectors_nD: torch.Tensor, centroids_KD: torch.Tensor) -> tu
     return cluster_n, best_n / norms_n
 
 
+def cosine_to(vectors_nD: torch.Tensor, centroids_KD: torch.Tensor, cluster_n: torch.Tensor) -> NDArray[np.float32]:
+    """(n,) cosine of every float16 vector, widened to float32, to its centroid. Summed in float64 row by row: a product's last
+    bits depend on how many rows it has, and these decide what is drawn first."""
+    found = np.empty(len(vectors_nD), np.float32)
+    for start in range(0, len(vectors_nD), TILE_ROWS["cpu"]):
+        rows = slice(start, start + TILE_ROWS["cpu"])
+        wide_nD = vectors_nD[rows].double()
+        cosine_n = (wide_nD * centroids_KD[cluster_n[rows]]).sum(dim=1) / wide_nD.norm(dim=1).clamp(min=1e-12)
+        found[rows] = cosine_n.float().cpu().numpy()
+    return found
+
+
 def _largest(products_nK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(value, position) of the first largest of each row."""
     if products_nK.device.type != "cpu":
@@ -97,10 +109,11 @@ class _Assign:
 
     def _block(self, number: int, centroids_KD: torch.Tensor) -> NDArray[Any]:
         block = self.vectors.read(number)
-        cluster_n, similarity_n = nearest_centroid(checked(block, number), centroids_KD)
+        vectors_nD = checked(block, number)
+        cluster_n, _ = nearest_centroid(vectors_nD, centroids_KD)
         found = np.empty(len(block.rows), [("row", "<i8"), ("cluster", "<i4"), ("similarity", "<f4")])
         found["row"], found["cluster"] = block.rows, cluster_n.cpu().numpy()
-        found["similarity"] = similarity_n.cpu().numpy()
+        found["similarity"] = cosine_to(vectors_nD, centroids_KD, cluster_n)
         return found
 
 

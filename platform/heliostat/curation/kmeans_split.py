@@ -19,6 +19,7 @@ from heliostat.curation.assignment import (
     assign,
     assignment_room,
     checked,
+    cosine_to,
     nearest_centroid,
     unit,
 )
@@ -115,9 +116,9 @@ class _Split:
             generator = np.random.default_rng([self.seed, 5, int(one)])
             count = int(firsts[one + 1] - firsts[one])
             found_kD = lloyd(vectors_nD, count, iterations=self.iterations, generator=generator)
-            cluster_n, similarity_n = nearest_centroid(vectors_nD, found_kD)
+            cluster_n, _ = nearest_centroid(vectors_nD, found_kD)
             children["cluster"][start:stop] = cluster_n.cpu().numpy() + firsts[one]
-            children["similarity"][start:stop] = similarity_n.cpu().numpy()
+            children["similarity"][start:stop] = cosine_to(vectors_nD, found_kD, cluster_n)
             centroids.append(found_kD.cpu().numpy())
         return np.concatenate(centroids), children
 

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from heliostat.curation.assignment import checked
+from heliostat.curation.products import ERROR, exact_similarities
 from heliostat.curation.subsets import (
     WorkVectors,
     block_key,
@@ -168,25 +169,32 @@ def _credits(block: Block, number: int, drawn: NDArray[Any], curated: Mapping[in
     for position in np.unique(drawn["set"]):
         mine = drawn[drawn["set"] == position]
         mine = mine[np.argsort(mine["cluster"], kind="stable")]
-        place = torch.from_numpy(np.searchsorted(block.rows, mine["row"])).to(vectors_nD.device)
-        found.append(_nearest_of_cluster(mine, vectors_nD[place], curated[int(position)]))
+        place = np.searchsorted(block.rows, mine["row"])
+        vectors_LD = vectors_nD[torch.from_numpy(place).to(vectors_nD.device)]
+        found.append(_nearest_of_cluster(mine, vectors_LD, block.vectors[place], curated[int(position)]))
     return found
 
 
-def _nearest_of_cluster(mine: NDArray[Any], vectors_LD: torch.Tensor, curated: _Creditors) -> NDArray[Any]:
-    """The credits of drawn rows that are sorted by cluster."""
+def _nearest_of_cluster(
+    mine: NDArray[Any], vectors_LD: torch.Tensor, stored_LD: NDArray[np.float16], curated: _Creditors
+) -> NDArray[Any]:
+    """The credits of drawn rows that are sorted by cluster. A float32 product proposes and an exact one decides, so how the pool
+    is cut into blocks cannot change a bit; of equally similar curated images the first is credited."""
     clusters, starts = np.unique(mine["cluster"], return_index=True)
     firsts = np.searchsorted(curated.cluster, clusters)
     ends = np.searchsorted(curated.cluster, clusters, side="right")
-    norms_L = vectors_LD.norm(dim=1).clamp(min=1e-12)
     credit = np.empty(len(mine), _CREDIT)
     credit["row"], credit["set"] = mine["row"], mine["set"]
     for start, stop, first, end in zip(starts, np.r_[starts[1:], len(mine)], firsts, ends, strict=True):
-        seeds_SD = torch.from_numpy(curated.vectors[first:end].astype(np.float32)).to(vectors_LD.device)
-        seeds_SD = seeds_SD / seeds_SD.norm(dim=1, keepdim=True).clamp(min=1e-12)
-        similarity, best = (vectors_LD[start:stop] @ seeds_SD.T).max(dim=1)
-        credit["curated"][start:stop] = curated.rows[first:end][best.cpu().numpy()]
-        credit["similarity"][start:stop] = (similarity / norms_L[start:stop]).cpu().numpy()
+        seeds_SD = curated.vectors[first:end]
+        product_lS = vectors_LD[start:stop] @ torch.from_numpy(seeds_SD).to(vectors_LD.device).float().T
+        may_be_best_lS = product_lS >= product_lS.amax(dim=1, keepdim=True) - 2 * ERROR[torch.float32]
+        row, seed = np.nonzero(may_be_best_lS.cpu().numpy())
+        similarity = exact_similarities(stored_LD[start:stop], seeds_SD, (row, seed))
+        order = np.lexsort((seed, -similarity, row))
+        best = order[np.unique(row[order], return_index=True)[1]]
+        credit["curated"][start:stop] = curated.rows[first:end][seed[best]]
+        credit["similarity"][start:stop] = similarity[best]
     return credit
 
 
