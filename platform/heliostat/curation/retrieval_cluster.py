@@ -178,8 +178,8 @@ def _credits(block: Block, number: int, drawn: NDArray[Any], curated: Mapping[in
 def _nearest_of_cluster(
     mine: NDArray[Any], vectors_LD: torch.Tensor, stored_LD: NDArray[np.float16], curated: _Creditors
 ) -> NDArray[Any]:
-    """The credits of drawn rows that are sorted by cluster. A float32 product proposes and an exact one decides, so how the pool
-    is cut into blocks cannot change a bit; of equally similar curated images the first is credited."""
+    """The credits of drawn rows that are sorted by cluster. A float32 product proposes and an exact one decides, so how the
+    pool is cut into blocks cannot change a bit; of equally similar curated images the first is credited."""
     clusters, starts = np.unique(mine["cluster"], return_index=True)
     firsts = np.searchsorted(curated.cluster, clusters)
     ends = np.searchsorted(curated.cluster, clusters, side="right")
