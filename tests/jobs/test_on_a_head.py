@@ -227,7 +227,7 @@ def test_the_code_of_the_working_directory_runs_where_heliostat_is_not_installed
 def test_a_stopped_job_closes_its_run_and_the_same_line_resumes_to_the_artifact_of_an_unstopped_one(
     place: Place, raw: str
 ) -> None:
-    more = f"data={raw} train.steps=160 train.checkpoint_every_steps=4 online.every_steps=80"
+    more = f"data={raw} train.steps=80 train.checkpoint_every_steps=4 online.every_steps=40"
     words = place.words("pretrain").replace("version=1", f"version=stopped {more}")
     checkpoint = place.store / "model" / "birds@stopped" / "_work" / "checkpoints" / "step-00000008" / "checkpoint.json"
     with ThreadPoolExecutor(1) as thread:
@@ -243,15 +243,15 @@ def test_a_stopped_job_closes_its_run_and_the_same_line_resumes_to_the_artifact_
     assert saved, followed.stdout
     assert followed.returncode == 0, followed.stdout  # as the README says of Ray's own command
     assert "Job 'halt' was stopped" in followed.stdout
-    (kept,) = re.findall(r"heliostat: stopped at step (\d+) of 160 with a checkpoint; the same command", followed.stdout)
+    (kept,) = re.findall(r"heliostat: stopped at step (\d+) of 80 with a checkpoint; the same command", followed.stdout)
     assert _status_of_run(place, "model/birds@stopped") == "KILLED"
 
     unstopped = place.submit(words.replace("=stopped", "=unstopped"))
     again = place.submit(words)
     for status, code, log in place.wait(unstopped, again):
         assert (status, code) == ("SUCCEEDED", 0), log
-    assert f"resuming at step {kept} of 160" in log
-    assert 8 <= int(kept) < 160
+    assert f"resuming at step {kept} of 80" in log
+    assert 8 <= int(kept) < 80
     assert _status_of_run(place, "model/birds@stopped") == "FINISHED"
     stopped, whole = place.load("model/birds@stopped").record, place.load("model/birds@unstopped").record
     assert len(whole.files) > 3

@@ -68,9 +68,9 @@ def load(store: Path) -> Artifact:
 
 def test_a_sweep_whose_driver_is_killed_goes_on_and_its_table_and_plot_are_in_the_tracker_s_run(tmp_path: Path) -> None:
     """Each trial is a Ray Train run of one worker; on two CPUs there is room for two of them."""
-    store, shared = tmp_path / "store", ["train.steps=40", "train.checkpoint_every_steps=10"]
+    store, shared = tmp_path / "store", ["train.steps=20", "train.checkpoint_every_steps=5"]
     tar = put_images(store)
-    overrides = {"scaling.num_workers": 1, "train.steps": 40, "train.checkpoint_every_steps": 10}
+    overrides = {"scaling.num_workers": 1, "train.steps": 20, "train.checkpoint_every_steps": 5}
     grid = {KOLEO: [0.0, 0.1], "method.drop_path_rate": [0.0, 0.3]}
     path = recipe_file(tmp_path, {"grid": grid, "overrides": overrides, "max_concurrent_trials": 2})
     marker = store / "sweep/tiny@1/trials/000/trial.json"
@@ -85,7 +85,7 @@ def test_a_sweep_whose_driver_is_killed_goes_on_and_its_table_and_plot_are_in_th
     for name, written in ended.items():
         assert (store / f"sweep/tiny@1/trials/{name}/trial.json").stat().st_mtime_ns == written
     table = read_trials(made)
-    assert [(trial.status, trial.step) for trial in table] == [("finished", 40)] * 4
+    assert [(trial.status, trial.step) for trial in table] == [("finished", 20)] * 4
     assert not [key for key in made.record.files if "_work" in key or "checkpoint" in key]
     for trial in table:
         words = [f"{key}={value}" for key, value in trial.overrides.items()]
