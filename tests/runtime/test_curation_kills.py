@@ -21,6 +21,7 @@ from pathlib import Path
 import cv2
 import psutil
 import pytest
+from families import end_family
 
 from heliostat.artifacts import ArtifactRef, ArtifactStore, verify
 from heliostat.data.photographs import crops
@@ -159,15 +160,6 @@ def start_head(folder: str) -> tuple[subprocess.Popen[bytes], int]:
             time.sleep(0.3)
         end_family(process)
     pytest.fail(f"no Ray head starts:\n{log.read_text()[-3000:]}")
-
-
-def end_family(process: subprocess.Popen[bytes]) -> None:
-    """Kill a head node and everything below it."""
-    family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-    for member in (process, *family):
-        with contextlib.suppress(psutil.Error, ProcessLookupError):
-            member.kill()
-    process.wait()
 
 
 @pytest.fixture(scope="module")
