@@ -56,6 +56,7 @@ def cluster() -> Iterator[Cluster]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.soak  # two minutes on two free cores; on crowded ones Ray gives up nodes that still live
 def test_a_lost_node_shrinks_the_run_and_a_new_one_grows_it(cluster: Cluster, tmp_path: Path) -> None:
     tar, stream = shard(), io.StringIO()

@@ -76,7 +76,8 @@ for size in (1, 2):
         while True:
             number += 1
             share = random.random()
-            killed, well, _ = attempt(run, number, size, None if kills >= wanted else share * seconds)
+            killed, well, took = attempt(run, number, size, None if kills >= wanted else share * seconds)
+            seconds = seconds if killed else min(seconds, took)  # the first run may have been slowed by others
             kills += killed
             if well:
                 break
@@ -97,7 +98,7 @@ def kill(folder: Path, wanted: int, seed: int) -> list[dict]:
         capture_output=True,
         text=True,
         env=environment,
-        timeout=3000,
+        timeout=14_000,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -114,5 +115,6 @@ def test_six_kills_of_the_process_and_six_of_a_rank_change_no_bit(tmp_path: Path
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(14_400)
 def test_a_hundred_kills_of_each_change_no_bit(tmp_path: Path) -> None:
     check(kill(tmp_path, 100, seed=int(os.environ.get("HELIOSTAT_SEED", "2"))), 100)
