@@ -158,3 +158,28 @@ def test_data_workers_that_cannot_serve_are_refused(words, message):
     with pytest.raises(ConfigError) as error:
         settings("loader.via=ray_data", *words)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("num_workers=0", "parallel=zero2"), "scaling.parallel zero2 needs training processes, and scaling.num_workers is 0"),
+        (("num_workers=2", "parallel=none"), "scaling.parallel none is for one worker, and scaling.num_workers is 2"),
+        (
+            ("num_workers=1", "min_workers=2", "max_workers=4"),
+            "scaling.num_workers 1 is outside of min_workers 2 to max_workers 4",
+        ),
+        (
+            ("num_workers=2", "min_workers=1", "max_workers=4", "cpus_per_worker=1.5"),
+            "scaling.cpus_per_worker 1.5 is not whole, and Ray counts workers that come and go in whole CPUs; use 2",
+        ),
+        (("max_failures=-2",), "scaling.max_failures"),
+    ],
+)
+def test_workers_that_cannot_be_placed_as_asked_are_refused(words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        settings(*(f"scaling.{word}" for word in words))
+    assert message in str(error.value)
+    assert (
+        settings("scaling.num_workers=2", "scaling.cpus_per_worker=0.5", "scaling.max_failures=-1").scaling.max_failures == -1
+    )
