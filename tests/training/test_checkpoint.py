@@ -22,7 +22,10 @@ from heliostat.training.checkpoint import (
     write_history,
     write_shard,
 )
+from heliostat.training.checkpoint_writer import CheckpointWriter
 from heliostat.training.pieces import Piece
+from heliostat.training.run_config import TrainConfig
+from heliostat.training.world import World
 
 FILES = ("rank-00000.safetensors", "rank-00001.safetensors", "rank-00000.json", "rank-00001.json", "history.jsonl")
 SHAPES = {"student.weight": (3, 4), "student.bias": (5,), "adamw/step/student.bias": (), "empty": (0,)}
@@ -55,7 +58,7 @@ def write(store: LocalStore, steps: tuple[int, ...], *, keep_last: int = 10, kee
             write_shard(store, step, rank, pieces(step, rank, size))
         write_history(store, step, [{"step": step, "train/loss": 1.0 / step}])
         commit(store, step, size, {"skipped_steps": step % 3})
-        prune(store, keep_last=keep_last, keep_every=keep_every)
+        prune(store, step, keep_last=keep_last, keep_every=keep_every)
 
 
 def readable(store: LocalStore, said: Callable[[str], None]) -> StoredCheckpoint | None:
@@ -104,6 +107,20 @@ def test_only_the_newest_and_the_landmarks_are_kept_and_the_history_is_kept_whol
     assert {entry.key for entry in store.list(folder(4))} == {folder(4) + "history.jsonl"}
     assert [row["step"] for row in read_history(store, 20)] == [4, 8, 12, 16, 20]
     assert [row["step"] for row in read_history(store, 11)] == [4, 8]
+
+
+def test_a_damaged_checkpoint_that_was_passed_over_costs_no_good_one(tmp_path: Path) -> None:
+    store, said = LocalStore(tmp_path), []
+    write(store, (8, 10))
+    path = tmp_path / folder(10) / "rank-00000.safetensors"
+    path.write_bytes(flip(path.read_bytes(), random.Random(0)))
+    assert equal(readable(store, said.append), 8)
+    writer = CheckpointWriter(store, World(), TrainConfig(keep_last=1), said.append, start=8)
+    for step, complete in ((9, [9, 10]), (12, [12])):
+        writer.begin(step, pieces(step, 0, 1), history=[], rejections=[], state={"skipped_steps": step % 3})
+        writer.finish(0)
+        assert complete_steps(store) == complete
+        assert equal(readable(store, said.append), step)
 
 
 def test_what_an_attempt_without_a_manifest_left_is_removed_by_the_next_checkpoint(tmp_path: Path) -> None:

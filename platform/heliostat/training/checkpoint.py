@@ -13,7 +13,7 @@ every draw of a step is a function of (seed, step, rank).
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -68,14 +68,14 @@ def commit(files: Store, step: int, world_size: int, state: Mapping[str, Any]) -
     files.put(folder + _MANIFEST, json.dumps({**manifest, "sha256": _seal(manifest)}, indent=1).encode())
 
 
-def prune(files: Store, *, keep_last: int, keep_every: int) -> None:
-    """Remove checkpoints but the newest `keep_last` and those of steps divisible by `keep_every` (0: none of them).
+def prune(files: Store, newest: int, *, damaged: Collection[int] = (), keep_last: int, keep_every: int) -> None:
+    """Remove checkpoints but the last `keep_last` up to step `newest`, and those of steps divisible by `keep_every` (0: none).
 
-    Manifests go first; history stays; what older attempts left without a manifest goes too.
+    Those of later steps stay: they are on their way, or damaged until the run gets there again. `damaged` ones never count as
+    kept. Manifests go first; history stays; what older attempts left without a manifest goes too.
     """
-    complete = complete_steps(files)
+    complete = [step for step in complete_steps(files) if step <= newest and step not in damaged]
     kept = {*complete[-keep_last:], *(step for step in complete if keep_every and step % keep_every == 0)}
-    newest = complete[-1] if complete else -1
     doomed = []
     for entry in files.list(FOLDER):
         match = _ANY_KEY.fullmatch(entry.key)

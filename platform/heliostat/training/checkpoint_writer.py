@@ -17,7 +17,7 @@ from torch import Tensor
 from heliostat.data.quarantine import Rejection
 from heliostat.errors import HeliostatError, StorageError
 from heliostat.storage import Store
-from heliostat.training.checkpoint import commit, prune, write_history, write_rejections, write_shard
+from heliostat.training.checkpoint import commit, complete_steps, prune, write_history, write_rejections, write_shard
 from heliostat.training.pieces import Piece
 from heliostat.training.run_config import TrainConfig
 from heliostat.training.world import World
@@ -37,10 +37,16 @@ class Snapshot:
 
 
 class CheckpointWriter:
-    """The writer of one rank. Every rank calls the same methods at the same steps."""
+    """The writer of one rank. Every rank calls the same methods at the same steps.
 
-    def __init__(self, files: Store, world: World, train: TrainConfig, notify: Callable[[str], None]) -> None:
+    start: the step whose checkpoint the run goes on from, 0 for none. Complete ones of later steps were passed over as damaged.
+    """
+
+    def __init__(
+        self, files: Store, world: World, train: TrainConfig, notify: Callable[[str], None], *, start: int = 0
+    ) -> None:
         self._files, self._world, self._train, self._notify = files, world, train, notify
+        self._damaged = {step for step in complete_steps(files) if step > start} if world.is_main else set()
         self._thread: threading.Thread | None = None
         self._pending: Snapshot | None = None
         self._is_committing = False
@@ -107,7 +113,9 @@ class CheckpointWriter:
     def _commit(self, snapshot: Snapshot) -> None:
         if self._world.is_main:
             commit(self._files, snapshot.step, self._world.size, snapshot.state)
-            prune(self._files, keep_last=self._train.keep_last, keep_every=self._train.keep_every)
+            self._damaged.discard(snapshot.step)
+            keep_last, keep_every = self._train.keep_last, self._train.keep_every
+            prune(self._files, snapshot.step, damaged=self._damaged, keep_last=keep_last, keep_every=keep_every)
 
     def flags(self) -> list[bool]:
         """[this rank has ended its part of what is going on, it went well], for the ranks' agreement between two steps."""

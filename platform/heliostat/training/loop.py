@@ -120,8 +120,8 @@ def fit(trainer: Trainer) -> list[dict[str, Any]]:
     Raises NonFiniteLossError when the loss stays NaN or infinite, PreemptedError after a checkpoint when any rank is asked to
     stop; what the loader raises goes through.
     """
-    train, writer = trainer.config.train, CheckpointWriter(trainer.files, trainer.world, trainer.config.train, trainer.notify)
-    state = restore(trainer)
+    train, state = trainer.config.train, restore(trainer)
+    writer = CheckpointWriter(trainer.files, trainer.world, train, trainer.notify, start=state.step)
     first, total = state.step, train.steps
     saved = first
     with abandoned_on_error(writer), closing(trainer.loader.batches(total - first)) as batches:
