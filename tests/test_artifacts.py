@@ -22,7 +22,14 @@ from heliostat.artifacts import (
     compute_fingerprint,
     verify,
 )
-from heliostat.errors import ArtifactConflictError, ArtifactError, ArtifactNotFoundError, ObjectNotFoundError, UsageError
+from heliostat.errors import (
+    ArtifactConflictError,
+    ArtifactError,
+    ArtifactNotFoundError,
+    ObjectNotFoundError,
+    StorageError,
+    UsageError,
+)
 from heliostat.lineage import lineage, render_lineage
 from heliostat.storage import LocalStore, ObjectInfo, Store, open_store
 
@@ -215,7 +222,17 @@ def test_a_changed_input_under_a_complete_version_is_refused(tmp_path: Path) -> 
     artifacts = ArtifactStore(open_store(str(tmp_path)))
     pools = [draft(artifacts, ArtifactRef("raw", "pool", version), {"v": version}).commit(counts={}) for version in "12"]
     draft(artifacts, inputs={"pool": pools[0]}).commit(counts={})
-    with pytest.raises(ArtifactConflictError, match=r"another configuration \(its inputs changed\)"):
+    with pytest.raises(ArtifactConflictError, match=r"\(inputs\.pool: raw/pool@1 \(\w{8}\) -> raw/pool@2 \(\w{8}\)\)"):
+        begin(artifacts, inputs={"pool": pools[1]})
+
+
+def test_checkpoints_of_a_run_on_other_inputs_are_kept_and_the_inputs_named(tmp_path: Path) -> None:
+    artifacts = ArtifactStore(open_store(str(tmp_path)))
+    pools = [draft(artifacts, ArtifactRef("raw", "pool", version), {"v": version}).commit(counts={}) for version in "12"]
+    draft(artifacts, inputs={"pool": pools[0]}).files.put("_work/checkpoints/step-00000001/checkpoint.json", b"{}")
+    with pytest.raises(
+        ArtifactConflictError, match=r"other settings \(inputs\.pool: raw/pool@1 .* -> raw/pool@2 .*\); restore"
+    ):
         begin(artifacts, inputs={"pool": pools[1]})
 
 
@@ -301,7 +318,7 @@ def test_lineage_of_three_generations_is_drawn(artifacts: ArtifactStore) -> None
         "└─ teacher: model/large@1  [500 steps]",
         "   └─ data: curated/photos@1  (see above)",
     ]
-    assert tree.inputs[1].record == teacher.record
+    assert tree.nodes[teacher.ref].record == teacher.record
     assert student.record.inputs == {"teacher": "model/large@1", "data": "curated/photos@1"}
     assert student.record.input_fingerprints["teacher"] == teacher.record.fingerprint
 
@@ -359,10 +376,15 @@ def test_a_damaged_record_is_one_line(artifacts: ArtifactStore) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_damaged_draft_is_one_line_with_the_way_out(artifacts: ArtifactStore) -> None:
-    artifacts.files(REF).put("draft.json", b'{"fing')
-    with pytest.raises(ArtifactError, match=r"draft.json is not JSON; remove the folder to start curated/photos@1 again$"):
+@pytest.mark.parametrize(
+    "content", [b"", b'{"fing', b"{}", b"[]", b"null", b"7", b'{"fingerprint": "", "config": 3, "state": {}}', b"\xff"]
+)
+def test_a_damaged_draft_is_one_line_with_the_way_out(artifacts: ArtifactStore, content: bytes) -> None:
+    artifacts.files(REF).put("draft.json", content)
+    artifacts.files(REF).put("_work/checkpoints/step-00000001/checkpoint.json", b"{}")
+    with pytest.raises(StorageError, match=r"draft.json is damaged \(.* remove the folder to start curated/photos@1 again$"):
         begin(artifacts)
+    assert "_work/checkpoints/step-00000001/checkpoint.json" in {entry.key for entry in artifacts.files(REF).list()}
 
 
 def test_a_metric_that_is_not_a_number_survives_the_record(artifacts: ArtifactStore) -> None:

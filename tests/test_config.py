@@ -132,6 +132,14 @@ def test_an_override_of_a_section_that_an_anchor_shares_changes_only_that_one() 
             "r.yaml: Object of type date is not JSON serializable; "
             "a recipe holds numbers, strings, booleans, lists and mappings",
         ),
+        (
+            "optim.warmup_steps=9223372036854775808",
+            "r.yaml: optim.warmup_steps=9223372036854775808 is outside of -2^63 to 2^63; whole numbers have 64 bits",
+        ),
+        (
+            "probes=[{k: 99999999999999999999999}]",
+            "r.yaml: probes.0.k=99999999999999999999999 is outside of -2^63 to 2^63; whole numbers have 64 bits",
+        ),
         ("crops.name=2026-13-45", "override crops.name: not valid YAML: month must be in 1..12"),
         ("crops={a: 1, a: 2}", "override crops:1: key 'a' is given twice; keep one"),
         ("crops.image_size.x=1", "crops.image_size is a value, not a section; crops.image_size.x cannot be set"),
@@ -264,6 +272,25 @@ def test_a_recipe_file_with_overrides_becomes_a_frozen_model(tmp_path: Path) -> 
     assert recipe == Recipe(crops=Crops(image_size=16, name="b"), optim=Optim(lr=5e-4))
     with pytest.raises(ValidationError, match="frozen"):
         recipe.optim = Optim()  # type: ignore[misc]
+
+
+class Ranges(StrictModel):
+    values: dict[str, Probe | tuple[float, ...]] = Field(default_factory=dict)
+    limit: int | str | None = None
+
+
+@pytest.mark.parametrize(
+    ("plain", "key"),
+    [({"values": {"optim.lr": {"k": "x"}}}, "values.optim.lr"), ({"limit": []}, "limit=[]"), ({"values": {"str": []}}, None)],
+)
+def test_an_error_names_the_key_without_the_branches_of_a_union(plain: dict[str, Any], key: str | None) -> None:
+    if key is None:  # a key that is named as a branch is
+        assert validate(Ranges, plain, "r.yaml").values == {"str": ()}
+        return
+    with pytest.raises(ConfigError) as caught:
+        validate(Ranges, plain, "r.yaml")
+    assert str(caught.value).startswith(f"r.yaml: {key}")
+    assert "Probe" not in str(caught.value)
 
 
 def test_a_written_model_validates_to_itself() -> None:

@@ -27,7 +27,7 @@ from heliostat.errors import (
     ObjectNotFoundError,
     UsageError,
 )
-from heliostat.storage import Store
+from heliostat.storage import Store, read_json
 
 RECORD = "artifact.json"
 DRAFT = "draft.json"
@@ -107,7 +107,7 @@ class Artifact:
 
     def read_json(self, key: str) -> Any:
         """Parse one JSON file of the artifact."""
-        return json.loads(self.files.read(key))
+        return read_json(self.files, key, lambda plain: plain, f"restore it, or remove the folder to make {self.ref} again")
 
 
 @dataclass
@@ -136,7 +136,7 @@ class Draft:
     def remember(self, **state: Any) -> None:
         """Keep small values (such as a tracker's run id) in the draft, for the next attempt."""
         self.state.update(state)
-        self.files.put(DRAFT, _draft_bytes(self.fingerprint, self.config, self.state))
+        self.files.put(DRAFT, _draft_bytes(self.fingerprint, _settings(self.config, self.inputs), self.state))
 
     def commit(
         self,
@@ -175,7 +175,7 @@ class Draft:
             self.files.put(RECORD, (record.model_dump_json(indent=1) + "\n").encode(), overwrite=False)
         except ObjectExistsError:
             winner = _load_record(self.files, self.ref)
-            _refuse_change(self.ref, winner.config, winner.fingerprint, self.config, self.fingerprint)
+            _refuse_change(winner, self.fingerprint, _settings(self.config, self.inputs))
             record = winner
         clean(self.files)
         return Artifact(record, self.files)
@@ -201,8 +201,27 @@ def clean(files: Store) -> None:
     files.delete(DRAFT)
 
 
-def _draft_bytes(fingerprint: str, config: Mapping[str, Any], state: Mapping[str, Any]) -> bytes:
-    return (json.dumps({"fingerprint": fingerprint, "config": config, "state": state}, indent=1) + "\n").encode()
+def _draft_bytes(fingerprint: str, settings: Mapping[str, Any], state: Mapping[str, Any]) -> bytes:
+    return (json.dumps({"fingerprint": fingerprint, "config": settings, "state": state}, indent=1) + "\n").encode()
+
+
+def _settings(config: Mapping[str, Any], inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+    """Configuration and inputs as messages about changes show them."""
+    return {**config, "inputs": {role: _input_text(one.ref, one.record.fingerprint) for role, one in inputs.items()}}
+
+
+def _input_text(ref: Any, fingerprint: str) -> str:
+    return f"{ref} ({fingerprint[:8]})"
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    changes = changed_fields(old, new)
+    return "; ".join(changes[:5]) + (f"; and {len(changes) - 5} more" if len(changes) > 5 else "")
+
+
+def _draft_of(plain: Any) -> dict[str, Any]:
+    """Checked before a byte of the folder is touched."""
+    return {"fingerprint": str(plain["fingerprint"]), "config": dict(plain["config"]), "state": dict(plain["state"])}
 
 
 def _load_record(files: Store, ref: ArtifactRef) -> ArtifactRecord:
@@ -214,15 +233,13 @@ def _load_record(files: Store, ref: ArtifactRef) -> ArtifactRecord:
         raise ArtifactError(f"{files.uri}/{RECORD} is not an artifact record: {error.errors()[0]['msg']}") from error
 
 
-def _refuse_change(
-    ref: ArtifactRef, old_config: Mapping[str, Any], old_fingerprint: str, config: Mapping[str, Any], fingerprint: str
-) -> None:
-    if old_fingerprint == fingerprint:
+def _refuse_change(found: ArtifactRecord, fingerprint: str, settings: Mapping[str, Any]) -> None:
+    if found.fingerprint == fingerprint:
         return
-    changes = changed_fields(old_config, config)
-    shown = "; ".join(changes[:5]) + (f"; and {len(changes) - 5} more" if len(changes) > 5 else "")
+    inputs = {role: _input_text(ref, found.input_fingerprints.get(role, "")) for role, ref in found.inputs.items()}
     raise ArtifactConflictError(
-        f"{ref} exists with another configuration ({shown or 'its inputs changed'}); give version=... or restore the settings"
+        f"{found.ref} exists with another configuration ({_changes({**found.config, 'inputs': inputs}, settings)}); "
+        "give version=... or restore the settings"
     )
 
 
@@ -271,35 +288,32 @@ class ArtifactStore:
         fingerprint = compute_fingerprint(ref.kind, plain_config, plain_inputs)
         found = self.find(ref)
         if found is not None:
-            _refuse_change(ref, found.record.config, found.record.fingerprint, plain_config, fingerprint)
+            _refuse_change(found.record, fingerprint, _settings(plain_config, inputs))
             clean(found.files)
             return found
         files = self.files(ref)
-        state, resumed = _take_up(files, ref, fingerprint, plain_config, notify)
-        files.put(DRAFT, _draft_bytes(fingerprint, plain_config, state))
+        settings = _settings(plain_config, inputs)
+        state, resumed = _take_up(files, ref, fingerprint, settings, notify)
+        files.put(DRAFT, _draft_bytes(fingerprint, settings, state))
         return Draft(ref, fingerprint, plain_config, inputs, files, state, resumed)
 
 
 def _take_up(
-    files: Store, ref: ArtifactRef, fingerprint: str, config: Mapping[str, Any], notify: Callable[[str], None]
+    files: Store, ref: ArtifactRef, fingerprint: str, settings: Mapping[str, Any], notify: Callable[[str], None]
 ) -> tuple[dict[str, Any], bool]:
     """What an unfinished run left: taken up when it is the same one, else discarded, unless it holds checkpoints."""
     try:
-        draft = json.loads(files.read(DRAFT))
+        draft = read_json(files, DRAFT, _draft_of, f"remove the folder to start {ref} again")
     except ObjectNotFoundError:
         draft = None
-    except ValueError as error:
-        raise ArtifactError(f"{files.uri}/{DRAFT} is not JSON; remove the folder to start {ref} again") from error
     if draft is not None and draft["fingerprint"] == fingerprint:
         notify(f"{ref}: resuming an interrupted run")
-        return dict(draft["state"]), True
+        return draft["state"], True
     leftovers = list(files.list())
     if draft is not None and any(CHECKPOINT.search(entry.key) for entry in leftovers):
-        changes = changed_fields(draft.get("config", {}), config)
-        shown = "; ".join(changes[:5]) + (f"; and {len(changes) - 5} more" if len(changes) > 5 else "")
         raise ArtifactConflictError(
-            f"{ref} has checkpoints of an unfinished run with other settings ({shown or 'other inputs'}); restore them to "
-            f"go on, give version=... for a new run, or remove {files.uri} to throw it away"
+            f"{ref} has checkpoints of an unfinished run with other settings ({_changes(draft['config'], settings)}); "
+            f"restore them to go on, give version=... for a new run, or remove {files.uri} to throw it away"
         )
     if leftovers:
         notify(f"{ref}: discarding {len(leftovers)} files of an unfinished run with other settings")

@@ -19,6 +19,9 @@ from heliostat.errors import ConfigError
 
 M = TypeVar("M", bound=BaseModel)
 
+_MOST = 2**63 - 1
+_BRANCHES = {"bool", "constrained-str", "float", "int", "none", "str"}
+
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -169,13 +172,14 @@ def _unknown_key(model: type[BaseModel], dotted: str) -> str:
 
 def validate(model: type[M], mapping: Mapping[str, Any], source: str) -> M:
     """Validate a mapping; the first error is raised as one line that names key, value and limit."""
+    _refuse_huge(mapping, source, "")
     try:
         return model.model_validate_json(json.dumps(mapping, allow_nan=True))
     except TypeError as error:
         raise ConfigError(f"{source}: {error}; a recipe holds numbers, strings, booleans, lists and mappings") from error
     except ValidationError as error:
         first = error.errors()[0]
-        dotted = ".".join(str(part) for part in first["loc"])
+        dotted = _dotted(mapping, first["loc"])
         if first["type"] == "extra_forbidden":
             message = _unknown_key(model, dotted)
         elif first["type"] == "missing":
@@ -186,6 +190,27 @@ def validate(model: type[M], mapping: Mapping[str, Any], source: str) -> M:
             message = f"{dotted}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
         raise ConfigError(f"{source}: {message}{more}") from error
+
+
+def _refuse_huge(value: Any, source: str, key: str) -> None:
+    if isinstance(value, int) and not -_MOST <= value <= _MOST:
+        raise ConfigError(f"{source}: {key}={value} is outside of -2^63 to 2^63; whole numbers have 64 bits")
+    if isinstance(value, Mapping | list):
+        for name, one in value.items() if isinstance(value, Mapping) else enumerate(value):
+            _refuse_huge(one, source, f"{key}.{name}" if key else str(name))
+
+
+def _dotted(mapping: Mapping[str, Any], location: Sequence[int | str]) -> str:
+    """The key of a value, without what pydantic adds for the validators and the branches of unions that it went through."""
+    parts: list[str] = []
+    value: Any = mapping
+    for index, part in enumerate(location, start=1):
+        is_given = part in value if isinstance(value, Mapping) else isinstance(value, list) and isinstance(part, int)
+        if not is_given and (index < len(location) or str(part) in _BRANCHES or "[" in str(part)):
+            continue
+        parts.append(str(part))
+        value = value[part] if is_given else None
+    return ".".join(parts)
 
 
 def load_recipe(model: type[M], name: str, overrides: Sequence[str] = ()) -> M:

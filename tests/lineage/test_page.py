@@ -9,7 +9,7 @@ from browser import find_browser, look
 
 from heliostat.artifacts import Artifact, ArtifactRef, ArtifactStore, Draft
 from heliostat.cli import main
-from heliostat.lineage import lineage, render_page, total_costs
+from heliostat.lineage import lineage, render_lineage, render_page, total_costs
 from heliostat.lineage.drawing import BOX_WIDTH, draw
 from heliostat.storage import LocalStore
 
@@ -90,6 +90,39 @@ def test_what_is_not_in_the_store_is_drawn_as_missing(artifacts: ArtifactStore, 
     page = render_page(lineage(artifacts, student.ref))
     assert "not in this store" in page
     assert 'class="missing"' in page
+
+
+def test_thirty_generations_that_all_descend_twice_from_the_one_before_are_walked_once_each(artifacts: ArtifactStore) -> None:
+    made = make(artifacts, "model/g000@1")
+    for number in range(1, 31):
+        made = make(artifacts, f"model/g{number:03d}@1", {"init": made, "teacher": made}, costs=COSTS)
+    whole = lineage(artifacts, made.ref)
+    assert len(whole.nodes) == 31
+    assert whole.depths()[ArtifactRef.parse("model/g000@1")] == 30
+    assert total_costs(whole)["cost/gpu_hours"] == 300
+    lines = render_lineage(whole)
+    assert len(lines) == 1 + 2 * 30
+    assert sum("(see above)" in line for line in lines) == 29, "the first one has no inputs to unfold"
+    assert len(draw(whole).boxes) == 31
+
+
+def test_a_chain_longer_than_the_stack_is_walked(artifacts: ArtifactStore) -> None:
+    made = make(artifacts, "model/g0@1")
+    for number in range(1, 1200):
+        made = make(artifacts, f"model/g{number}@1", {"init": made})
+    whole = lineage(artifacts, made.ref)
+    assert len(render_lineage(whole)) == len(draw(whole).boxes) == 1200
+
+
+def test_records_that_name_each_other_are_refused(
+    artifacts: ArtifactStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = make(artifacts, "model/a@1")
+    second = make(artifacts, "model/b@1", {"init": first})
+    record = first.record.model_copy(update={"inputs": {"teacher": str(second.ref)}})
+    first.files.put("artifact.json", record.model_dump_json().encode())
+    assert main(["lineage", "model/b@1", f"store={tmp_path}"]) == 1
+    assert "name each other as inputs: model/b@1 -> model/a@1 -> model/b@1" in capsys.readouterr().err
 
 
 def test_the_command_writes_the_page_and_refuses_a_folder_that_is_not_there(

@@ -10,6 +10,7 @@ import pytest
 from heliostat.artifacts import ArtifactRef, ArtifactStore
 from heliostat.cli import main
 from heliostat.config import shipped_recipes
+from heliostat.errors import ConfigError
 from heliostat.models.flops import backbone_forward_flops, head_forward_flops
 from heliostat.models.heads import ProjectionHead
 from heliostat.models.vit import VisionTransformer
@@ -220,6 +221,16 @@ def test_trials_count_in_the_sum_of_all_runs() -> None:
     assert "#   trials      one process each" in lines
     minutes = [int(re.search(r"about (\d+) minutes?", line)[1]) for line in lines if "minute" in line]
     assert minutes[-1] == pytest.approx(sum(minutes[:-1]), abs=2)
+
+
+def test_a_sweep_that_would_be_refused_is_refused_by_the_dry_run() -> None:
+    for words, message in (
+        (["sweep.metric=online/knn"], r"Did you mean online/rankme\?"),
+        (["sweep.asha={grace_steps: 100000}"], "sweep.asha can stop nothing"),
+    ):
+        recipe = read_recipe("sweep_koleo", words)
+        with pytest.raises(ConfigError, match=message):
+            cost_lines(recipe, ["sweep"])
 
 
 def test_a_search_is_counted_by_draws_from_its_space_and_says_so() -> None:

@@ -13,7 +13,7 @@ from heliostat.artifacts import Artifact, ArtifactRef, Draft
 from heliostat.config import validate
 from heliostat.data.photographs import crops
 from heliostat.data.shards import make_shard_image, manifest_rows, manifest_to_bytes, write_shard
-from heliostat.errors import ArtifactNotFoundError, ConfigError, DataError
+from heliostat.errors import ArtifactNotFoundError, DataError
 from heliostat.runtime.online_images import OnlineDraw, decode_drawn, draw_images, rows_in_turn, smallest_hashes
 from heliostat.runtime.pipelines import Context
 from heliostat.runtime.progress import Progress
@@ -114,8 +114,6 @@ def test_crops_have_the_size_of_the_trainings_or_the_one_that_is_asked_for(store
     images = decode_drawn(store.draw(max_images=40, image_size=48), print)
     assert images.labelled is not None
     assert images.labelled.crops_NSSC.shape == (20, 48, 48, 3)
-    with pytest.raises(ConfigError, match=r"online\.image_size 50 is not divisible by student\.patch_size 8; use 48 or 56"):
-        store.draw(image_size=50)
 
 
 def test_a_recipe_without_its_labelled_set_goes_without_labels_and_says_so(tmp_path: Path) -> None:

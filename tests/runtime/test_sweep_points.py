@@ -86,6 +86,9 @@ def test_a_trial_has_the_shared_overrides_its_own_and_no_phases() -> None:
         ({"grid": {KOLEO: [0.1]}, "space": {KOLEO: [0.1]}}, "space and grid are both given"),
         ({"grid": {KOLEO: [0.1]}, "overrides": {KOLEO: 0.2}}, f"{KOLEO} is swept and in overrides; keep one of them"),
         ({"ablation": [{"name": "a"}, {"name": "a"}]}, "the name 'a' is there twice"),
+        ({"grid": {KOLEO: [0.1, 0.2, 0.1]}}, f"{KOLEO} has the value 0.1 twice; remove one"),
+        ({"grid": {KOLEO: [1, 1.0]}}, f"{KOLEO} has the value 1.0 twice"),
+        ({"space": {"crops.grayscale": [[0.1, 0.5], [0.1, 0.5]]}}, r"has the value \[0.1, 0.5\] twice"),
         ({"space": {KOLEO: {"low": 1, "high": 0.1}}}, "low 1 is not below high 0.1"),
         ({"space": {KOLEO: {"low": 0, "high": 0.1, "log": True}}}, "low 0 has no logarithm"),
         ({"space": {"optim.warmup_steps": {"low": 0.5, "high": 3, "integer": True}}}, "must be whole numbers"),
@@ -112,7 +115,14 @@ def test_a_sweep_that_makes_no_sense_is_refused_in_one_line(section, message: st
             {"grid": {"train.global_batch_size": [8, 9]}, "overrides": {"scaling.num_workers": 2}},
             "9 is not divisible by 2 workers",
         ),
-        ({"grid": {KOLEO: [0.1] * 101, "train.seed": list(range(100))}}, "has 10,100 combinations, more than 10,000"),
+        (
+            {"grid": {"student.patch_size": [8, 16]}, "overrides": {"online.image_size": 24}},
+            r"online\.image_size 24 is not divisible by student\.patch_size 16; use 16 or 32",
+        ),
+        (
+            {"grid": {KOLEO: [index / 101 for index in range(101)], "train.seed": list(range(100))}},
+            "has 10,100 combinations, more than 10,000",
+        ),
     ],
 )
 def test_what_no_trial_could_be_is_refused_before_any_starts(section, message: str) -> None:

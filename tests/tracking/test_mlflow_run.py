@@ -195,6 +195,14 @@ def test_a_server_that_does_not_answer_is_one_line_within_fifteen_seconds(
     )
 
 
+def test_a_uri_that_is_none_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(
+        TrackingError, match=r"^MLflow at http://\[::1 failed: .*; set tracking\.uri to a working store"
+    ) as caught:
+        open_tracker(TrackingConfig(uri="http://[::1"), open_store(str(tmp_path)))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_database_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "plain").write_text("a file where the folder should be")
     tracker = MlflowTracker(f"sqlite:///{tmp_path}/plain/mlflow.db", "heliostat", "", str(tmp_path / "spool"))

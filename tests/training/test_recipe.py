@@ -73,6 +73,7 @@ def test_the_only_student_has_no_name():
     [
         ("crops.global_crops_size=36", "crops.global_crops_size 36 is not divisible by student.patch_size 8; use 32 or 40"),
         ("crops.local_crops_size=20", "crops.local_crops_size 20 is not divisible by student.patch_size 8; use 16 or 24"),
+        ("online.image_size=20", "online.image_size 20 is not divisible by student.patch_size 8; use 16 or 24"),
         ("method.dino.head_n_prototypes=0", "method.dino.head_n_prototypes=0: input should be greater than or equal to 2"),
         ("student.in_chans=1", "student.in_chans 1 does not fit the crops, which are RGB; use 3"),
         ("init.head_warmup_steps=3", "head_warmup_steps 3 needs init.weights"),
@@ -172,6 +173,10 @@ def test_data_workers_that_cannot_serve_are_refused(words, message):
         (
             ("num_workers=2", "min_workers=1", "max_workers=4", "cpus_per_worker=1.5"),
             "scaling.cpus_per_worker 1.5 is not whole, and Ray counts workers that come and go in whole CPUs; use 2",
+        ),
+        (
+            ("num_workers=2", "min_workers=4", "max_workers=2"),
+            "min_workers 4 is above max_workers 2; use scaling.max_workers=4",
         ),
         (("max_failures=-2",), "scaling.max_failures"),
     ],

@@ -3,7 +3,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from heliostat.errors import ConfigError
 from heliostat.training.config import OptimConfig, TeacherConfig
 from heliostat.training.schedules import check_schedules, peak_lr, step_values
 
@@ -47,6 +46,8 @@ def test_short_warmups_do_not_divide_by_zero(warmup):
 
 
 def test_a_run_that_ends_inside_its_warmup_is_refused():
-    with pytest.raises(ConfigError, match="warmup_steps 100000 does not end within a run of 1000 steps; use at most 999"):
+    with pytest.raises(
+        ValueError, match=r"optim\.warmup_steps 100000 does not end within a run of 1000 steps; use at most 999"
+    ):
         check_schedules(OPTIM, TEACHER, 1000)
     check_schedules(OPTIM, TEACHER, 100_001)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 
 from pydantic import BaseModel, ConfigDict
 
-from heliostat.storage import Store
+from heliostat.storage import Store, read_json
 
 FOLDER = "_work/costs/"
 _WRITE_SECONDS = 10.0  # a killed process loses the count of this many seconds at most, besides those since its newest record
@@ -100,8 +100,9 @@ class Meter:
 
 
 def read_attempts(files: Store) -> list[Attempt]:
-    """Every attempt so far, in the order they were started."""
-    found = [Attempt.model_validate_json(files.read(entry.key)) for entry in files.list(FOLDER)]
+    """Every attempt so far, in the order they were started. Raises StorageError for a damaged record."""
+    fix = "remove it, and the costs of that attempt are not counted"
+    found = [read_json(files, entry.key, Attempt.model_validate, fix) for entry in files.list(FOLDER)]
     return sorted(found, key=lambda attempt: attempt.started)
 
 

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from heliostat.artifacts import ArtifactRef
 from heliostat.costs import cost_text
-from heliostat.lineage.walk import LineageNode, distinct
+from heliostat.lineage.walk import Lineage, LineageNode
 
 BOX_WIDTH, PADDING, LINE = 232, 10, 17  # pixels
 _GAP_X, _GAP_Y, _LANE = 96, 26, 22
@@ -30,8 +30,7 @@ class Box:
     @property
     def height(self) -> float:
         """Room for the title, the lines and the arrows that end here."""
-        arrows = len({child.ref for child in self.node.inputs})
-        return max(2 * PADDING + LINE * (1 + len(self.lines)), float(LINE * (arrows + 1)))
+        return max(2 * PADDING + LINE * (1 + len(self.lines)), float(LINE * (len(self.node.roles) + 1)))
 
 
 @dataclass(frozen=True)
@@ -54,35 +53,21 @@ class Drawing:
     height: float
 
 
-def draw(root: LineageNode) -> Drawing:
-    """Place every artifact of a tree once."""
-    boxes = {node.ref: Box(node, box_lines(node)) for node in distinct(root)}
-    depths: dict[ArtifactRef, int] = {}
-    _measure(root, 0, depths)
+def draw(whole: Lineage) -> Drawing:
+    """Place every artifact of a lineage once."""
+    boxes = {ref: Box(node, box_lines(node)) for ref, node in whole.nodes.items()}
+    depths = whole.depths()
     lanes = [
-        (child.ref, box.node.ref, depth)
-        for box in boxes.values()
-        for child in _distinct_inputs(box.node)
-        for depth in range(depths[box.node.ref] + 1, depths[child.ref])
+        (child, ref, depth)
+        for ref, node in whole.nodes.items()
+        for child in node.roles
+        for depth in range(depths[ref] + 1, depths[child])
     ]
     lane_y = _place(boxes, depths, lanes)
     arrows = [arrow for box in boxes.values() for arrow in _arrows_to(box, boxes, depths, lane_y)]
     width = max(box.x for box in boxes.values()) + BOX_WIDTH + PADDING
     bottom = max([box.y + box.height for box in boxes.values()] + list(lane_y.values()))
     return Drawing(tuple(boxes.values()), tuple(arrows), width, bottom + PADDING)
-
-
-def _measure(node: LineageNode, depth: int, depths: dict[ArtifactRef, int]) -> None:
-    """The longest way from each artifact to the result."""
-    if depths.get(node.ref, -1) >= depth:
-        return
-    depths[node.ref] = depth
-    for child in node.inputs:
-        _measure(child, depth + 1, depths)
-
-
-def _distinct_inputs(node: LineageNode) -> list[LineageNode]:
-    return list({child.ref: child for child in node.inputs}.values())
 
 
 _Lane = tuple[ArtifactRef, ArtifactRef, int]
@@ -95,7 +80,9 @@ def _place(boxes: Mapping[ArtifactRef, Box], depths: Mapping[ArtifactRef, int], 
     for ref, box in boxes.items():
         columns[depths[ref]].append(box)
     by_length = sorted(lanes, key=lambda lane: depths[lane[0]] - depths[lane[1]])  # long ones outside: fewer crossings
-    own_lanes = {depth: [lane for lane in by_length if lane[2] == depth] for depth in columns}
+    own_lanes: dict[int, list[_Lane]] = {depth: [] for depth in columns}
+    for lane in by_length:
+        own_lanes[lane[2]].append(lane)
     heights = {
         depth: sum(box.height + _GAP_Y for box in column) + _LANE * len(own_lanes[depth]) for depth, column in columns.items()
     }
@@ -114,9 +101,7 @@ def _place(boxes: Mapping[ArtifactRef, Box], depths: Mapping[ArtifactRef, int], 
 def _arrows_to(
     box: Box, boxes: Mapping[ArtifactRef, Box], depths: Mapping[ArtifactRef, int], lane_y: Mapping[_Lane, float]
 ) -> list[Arrow]:
-    roles: dict[ArtifactRef, list[str]] = {}
-    for child in box.node.inputs:
-        roles.setdefault(child.ref, []).append(child.role)
+    roles = box.node.roles
 
     def enters_at(ref: ArtifactRef) -> float:
         """Height of the last point before the box, so that arrows do not cross in front of it."""

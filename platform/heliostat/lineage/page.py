@@ -5,25 +5,25 @@ from typing import Any
 
 from heliostat.costs import cost_text
 from heliostat.lineage.drawing import BOX_WIDTH, LINE, PADDING, Box, draw, shortened, telling_metrics
-from heliostat.lineage.walk import LineageNode, distinct, total_costs
+from heliostat.lineage.walk import Lineage, LineageNode, total_costs
 
 _TEMPLATE = Path(__file__).parent / "lineage.html.j2"
 _METRICS_IN_TABLE = 6
 
 
-def render_page(node: LineageNode) -> str:
+def render_page(whole: Lineage) -> str:
     """The page. Every text is escaped; the drawing is inline SVG."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    drawing = draw(node)
+    drawing = draw(whole)
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
-        title=str(node.ref),
-        boxes=[_of_box(box, is_result=box.node is node) for box in drawing.boxes],
+        title=str(whole.ref),
+        boxes=[_of_box(box, is_result=box.node.ref == whole.ref) for box in drawing.boxes],
         drawing=drawing,
         box_width=BOX_WIDTH,
-        rows=[_row(one) for one in sorted(distinct(node), key=lambda one: one.record.created if one.record else "")],
-        total=cost_text(total_costs(node)),
+        rows=[_row(one) for one in sorted(whole.nodes.values(), key=lambda one: one.record.created if one.record else "")],
+        total=cost_text(total_costs(whole)),
     )
 
 

@@ -11,7 +11,8 @@ from heliostat.models.config import BackboneConfig
 from heliostat.models.flops import num_backbone_parameters
 from heliostat.runtime.recipe import Recipe, read_recipe
 from heliostat.runtime.sweep_config import SweepConfig
-from heliostat.runtime.sweep_points import trial_configs
+from heliostat.runtime.sweep_metric import check_metric
+from heliostat.runtime.sweep_points import trial_config, trial_configs
 from heliostat.runtime.weight_names import names_artifact
 from heliostat.storage import open_store
 from heliostat.training.costs import flops_per_image, head_training_flops_per_image, num_images, num_parameters
@@ -78,7 +79,8 @@ def cost_lines(recipe: Recipe, stages: Sequence[str]) -> list[str]:
     lines, runs = [], []
     for stage in stages:
         own = training_runs(recipe, stage)
-        if stage == "sweep" and recipe.sweep is not None:
+        if stage == "sweep" and recipe.sweep is not None and recipe.pretrain is not None:
+            check_metric(recipe, recipe.sweep, trial_config(recipe.pretrain, recipe.sweep, {}))
             lines += sweep_lines(recipe.sweep, own)
         else:
             for run in own:

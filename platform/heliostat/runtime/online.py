@@ -29,7 +29,7 @@ from heliostat.runtime.online_images import OnlineDraw, decode_drawn
 from heliostat.storage import Store
 from heliostat.tracking import Run
 from heliostat.training.loop import Evaluate, Report, leave_unevaluated
-from heliostat.training.teacher_files import FOLDER, METRICS, folder_of
+from heliostat.training.teacher_files import FOLDER, METRICS, folder_of, step_of
 
 PICTURE = "pca.png"
 COLORS = "pca.npy"
@@ -176,8 +176,8 @@ class OnlineEvaluation:
             there = {entry.key for entry in output.list(FOLDER)}
             for key in there:
                 folder, _, name = key.rpartition("/")
-                if name == MODEL_JSON and f"{folder}/{METRICS}" not in there:
-                    step = int(folder.removeprefix(f"{FOLDER}step-"))
+                step = step_of(folder)
+                if name == MODEL_JSON and step is not None and f"{folder}/{METRICS}" not in there:
                     points.append(_Point(step, model, output.child(folder)))
         return sorted(points, key=lambda point: (point.step, point.model))
 

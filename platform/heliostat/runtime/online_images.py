@@ -20,7 +20,7 @@ from heliostat.data.decode import ImageRejected, decode
 from heliostat.data.image_source import ImageSource, Reader
 from heliostat.data.manifest import manifest_from_bytes
 from heliostat.data.shard_reader import ShardReader
-from heliostat.errors import ConfigError, DataError
+from heliostat.errors import DataError
 from heliostat.evaluation.features import centre_crop
 from heliostat.evaluation.online import PICTURE_PATCHES, LabelledCrops, OnlineImages, Pixels, scored_half
 from heliostat.runtime.pipelines import Context
@@ -74,18 +74,14 @@ def draw_images(context: Context, config: TrainingConfig, sources: Sequence[Imag
     """Draw the images of a run's evaluations; None when `online.enabled` is false.
 
     Half of `online.max_images` are images of the training set, as many of each artifact as its weight says; the other half
-    labelled images, as many of each class, if there are any. Raises ConfigError for a size that the patches do not divide,
-    DataError for labels that cannot be judged by, ArtifactNotFoundError for a named artifact that is not there.
+    labelled images, as many of each class, if there are any. Raises DataError for labels that cannot be judged by,
+    ArtifactNotFoundError for a named artifact that is not there.
     """
     online = config.online
     if not online.enabled:
         return None
     size = online.image_size or config.crops.global_crops_size
     patch = next(iter(config.backbones.values())).patch_size
-    if size % patch:
-        lower = size // patch * patch
-        advice = " or ".join(str(value) for value in (lower, lower + patch) if value)
-        raise ConfigError(f"online.image_size {size} is not divisible by student.patch_size {patch}; use {advice}")
     readers: list[Reader] = [source.reader for source in sources]
     training = _draw_training(sources, online.max_images // 2)
     artifact = _labelled(context, online.labelled)

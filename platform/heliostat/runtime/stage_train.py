@@ -35,9 +35,12 @@ NOT_IN_FINGERPRINT = (
     "online",
     "phases",
     "train.checkpoint_every_steps",
+    "train.log_every_steps",
     "train.keep_last",
     "train.keep_every",
     "train.storage_patience_seconds",
+    "train.nonfinite_policy",
+    "train.max_nonfinite_steps",
 )
 _OF_INIT = ("init.weights",)
 _OF_DISTILL = ("teacher", "teacher_head_steps", "students", "compare_with_scratch")
@@ -168,8 +171,6 @@ def _train(
     """One training run that makes the artifacts of the plans, one for each network."""
 
     def work(opened: Mapping[str, tuple[Draft, Run]]) -> dict[str, Summary]:
-        if config.scaling.num_workers > 0:
-            context.need_ray()
         own = _only(config, opened)
         sources = images.sources()
         stores = {name: draft.files for name, (draft, _) in opened.items()}
@@ -178,7 +179,9 @@ def _train(
         job = TrainingJob(own, sources, next(iter(stores.values())), _frozen(teacher), weights, stores, labels=run_ids)
         artifacts = {name: str(draft.ref) for name, (draft, _) in opened.items()}
         runs = {name: run for name, (_, run) in opened.items()}
-        online = draw_images(context, own, sources)
+        online = draw_images(context, own, sources)  # whatever is missing is refused before Ray starts
+        if config.scaling.num_workers > 0:
+            context.need_ray()
         data = {str(one.ref): source.table.num_images for one, source in zip(images.artifacts, sources, strict=True)}
         facts = TrainingFacts(
             config=own,

@@ -1,5 +1,6 @@
 """The section `sweep` of a recipe: which settings its trials have, how they are compared, how many run at once."""
 
+import json
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -56,6 +57,19 @@ class AshaConfig(StrictModel):
 Choices = Annotated[tuple[Value, ...], Field(min_length=1)]
 
 
+def _refuse_twice(key: str, values: RangeConfig | tuple[Value, ...]) -> None:
+    """Equal trials would count as repeats, and repeats are a key train.seed with several values."""
+    if isinstance(values, RangeConfig):
+        return
+    seen: set[tuple[bool, Value]] = set()
+    for value in values:
+        if (isinstance(value, bool), value) in seen:  # 1 and 1.0 are one value, 1 and true are two
+            raise ValueError(
+                f"{key} has the value {json.dumps(value)} twice; remove one, or repeat trials by train.seed: [0, 1]"
+            )
+        seen.add((isinstance(value, bool), value))
+
+
 class SweepConfig(StrictModel):
     """Trials of the recipe's pretrain section: a `grid`, an `ablation`, both multiplied, or draws from a `space`."""
 
@@ -94,6 +108,8 @@ class SweepConfig(StrictModel):
             raise ValueError(f"space and {other} are both given; move the keys of {other} into space as lists, or drop one")
         if not (self.space or self.grid or self.ablation):
             raise ValueError("nothing varies; give grid, ablation or space")
+        for key, values in [*self.grid.items(), *self.space.items()]:
+            _refuse_twice(key, values)
         names = [step.name for step in self.ablation]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:

@@ -6,7 +6,6 @@ from heliostat.errors import ConfigError
 from heliostat.metrics import METRICS
 from heliostat.runtime.recipe import Recipe
 from heliostat.runtime.sweep_config import SweepConfig
-from heliostat.runtime.sweep_points import trial_configs
 from heliostat.training.recipe import PretrainConfig
 
 _OF_LABELS = ("online/knn_accuracy", "online/linear_accuracy")
@@ -53,7 +52,6 @@ def check_metric(recipe: Recipe, sweep: SweepConfig, config: PretrainConfig) -> 
             f"sweep.metric={metric} needs labelled images, and the recipe has none; give "
             "pretrain.online.labelled=raw/NAME@VERSION or ingest.labelled, or compare without: sweep.metric=online/rankme"
         )
-    _check_image_sizes(recipe, sweep)
     if sweep.asha is not None:
         every, steps = compared_every(sweep, config), config.train.steps
         if every >= steps or sweep.asha.grace_steps >= steps:
@@ -61,16 +59,4 @@ def check_metric(recipe: Recipe, sweep: SweepConfig, config: PretrainConfig) -> 
             raise ConfigError(
                 f"sweep.asha can stop nothing: {metric} comes every {every} steps and grace_steps is "
                 f"{sweep.asha.grace_steps}, of {steps}; lower {key} and grace_steps below {steps}, or set sweep.asha to null"
-            )
-
-
-def _check_image_sizes(recipe: Recipe, sweep: SweepConfig) -> None:
-    """Evaluations look at images of a size that the patches of every trial divide. Raises ConfigError."""
-    if recipe.pretrain is None:
-        return
-    for config in trial_configs(recipe.pretrain, sweep):
-        size, patch = config.online.image_size, config.student.patch_size
-        if config.online.enabled and size % patch:
-            raise ConfigError(
-                f"online.image_size {size} is not divisible by student.patch_size {patch} of a trial; use 0, its crops' size"
             )

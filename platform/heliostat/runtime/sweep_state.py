@@ -72,7 +72,10 @@ class SweepState:
             if trial is not None:
                 self.ends[index] = trial
                 drop_scratch(self.files, index)  # that driver may have died between the record and this
-                self._close(trial, self._points[index][1])
+                if index in self._points:
+                    self._close(trial, self._points[index][1])
+                else:  # its file was lost; its run cannot be found
+                    self._points[index] = trial.point, ""
 
     @property
     def num_failed(self) -> int:

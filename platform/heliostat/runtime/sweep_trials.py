@@ -11,6 +11,7 @@ _work/failures/000.json                                       why it failed
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from heliostat.artifacts import Artifact
@@ -18,13 +19,14 @@ from heliostat.errors import ObjectExistsError, ObjectNotFoundError
 from heliostat.evaluation.judge import Candidate
 from heliostat.models.stored import BACKBONE, MODEL_JSON, read_backbone_files
 from heliostat.runtime.sweep_points import SEED, Point, short
-from heliostat.storage import Store
+from heliostat.storage import Store, read_json
 from heliostat.training.checkpoint import FOLDER as CHECKPOINTS
 from heliostat.training.teacher_files import FOLDER
 
 TRIALS = "trials.json"
 RECORD = "trial.json"
 _CURVE = "curve.json"
+_FORGET = "remove it: the trial runs again"
 
 Curve = list[tuple[int, float]]
 """The metric that trials are compared by, as (step, value) in rising order of steps."""
@@ -73,9 +75,21 @@ def read_points(files: Store) -> dict[int, tuple[Point, str]]:
     """The settings that trials were given so far, with their runs, by number."""
     found = {}
     for entry in files.list("_work/points/"):
-        index, plain = int(entry.key.rpartition("/")[2].removesuffix(".json")), json.loads(files.read(entry.key))
-        found[index] = Point(index, plain["overrides"], plain["step"]), str(plain["run_id"])
+        index = _number_of(entry.key)
+        if index is not None:
+            fix = "remove it: the same settings are drawn again, with another run in the tracker"
+            found[index] = read_json(files, entry.key, partial(_point_of, index), fix)
     return found
+
+
+def _number_of(key: str) -> int | None:
+    """The trial that a file below `_work/` belongs to; None for a file that a sweep did not write."""
+    stem = key.rpartition("/")[2].removesuffix(".json")
+    return int(stem) if stem.isascii() and stem.isdigit() else None
+
+
+def _point_of(index: int, plain: Any) -> tuple[Point, str]:
+    return Point(index, dict(plain["overrides"]), plain["step"]), str(plain["run_id"])
 
 
 def write_trial(files: Store, trial: Trial) -> bool:
@@ -90,13 +104,18 @@ def write_trial(files: Store, trial: Trial) -> bool:
 def read_trial(files: Store, index: int) -> Trial | None:
     """How a trial ended; None while it has not finished and was not stopped."""
     try:
-        return _trial(json.loads(trial_files(files, index).read(RECORD)))
+        fix = "remove it: the trial goes on from its checkpoint, or runs again"
+        return read_json(trial_files(files, index), RECORD, _trial, fix)
     except ObjectNotFoundError:
         return None
 
 
 def _trial(plain: Mapping[str, Any]) -> Trial:
-    return Trial(**{**plain, "curve": [(int(step), float(value)) for step, value in plain["curve"]]})
+    return Trial(**{**plain, "curve": _curve_of(plain["curve"])})
+
+
+def _curve_of(plain: Any) -> Curve:
+    return [(int(step), float(value)) for step, value in plain]
 
 
 def trial_bytes(trials: Sequence[Trial]) -> bytes:
@@ -112,7 +131,8 @@ def write_curve(files: Store, index: int, curve: Curve) -> None:
 def read_curve(files: Store, index: int) -> Curve:
     """What `write_curve` kept; empty for a trial that begins."""
     try:
-        return [(int(step), float(value)) for step, value in json.loads(trial_scratch(files, index).read(_CURVE))]
+        fix = "remove it: the trial is compared by what it reaches from here on"
+        return read_json(trial_scratch(files, index), _CURVE, _curve_of, fix)
     except ObjectNotFoundError:
         return []
 
@@ -122,19 +142,25 @@ def write_failure(files: Store, index: int, error: str) -> None:
     files.put(f"_work/failures/{index:03d}.json", json.dumps({"error": error}).encode())
 
 
+def _error_of(plain: Any) -> str:
+    return str(plain["error"])
+
+
 def take_failures(files: Store) -> dict[int, str]:
     """Why trials failed, by number; forgets it, since they run again."""
     found = {}
     for entry in list(files.list("_work/failures/")):
-        found[int(entry.key.rpartition("/")[2].removesuffix(".json"))] = str(json.loads(files.read(entry.key))["error"])
-        files.delete(entry.key)
+        index = _number_of(entry.key)
+        if index is not None:
+            found[index] = read_json(files, entry.key, _error_of, _FORGET)
+            files.delete(entry.key)
     return found
 
 
 def read_failure(files: Store, index: int) -> str | None:
     """Why a trial failed; None where it did not, or left no word."""
     try:
-        return str(json.loads(files.read(f"_work/failures/{index:03d}.json"))["error"])
+        return read_json(files, f"_work/failures/{index:03d}.json", _error_of, _FORGET)
     except ObjectNotFoundError:
         return None
 

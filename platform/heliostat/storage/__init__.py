@@ -5,6 +5,7 @@
     s3.py           a prefix of a bucket: what is tried again, read and written in pieces
     bucket.py       what a bucket can be asked, one request each
     boto.py         the same of a real one; the only file that knows boto3
+    small_files.py  JSON objects that may be damaged
     statistics.py   counts of requests, retries and bytes
 
 Every write is atomic: a reader sees the old object, the new object, or nothing.
@@ -17,6 +18,7 @@ from pathlib import Path
 from heliostat.errors import UsageError
 from heliostat.storage.local import LocalStore
 from heliostat.storage.s3 import S3Limits, S3Store
+from heliostat.storage.small_files import read_json
 from heliostat.storage.statistics import StorageStatistics, storage_statistics
 from heliostat.storage.store import ObjectInfo, Store, check_key
 
@@ -30,6 +32,7 @@ __all__ = [
     "check_key",
     "check_writable",
     "open_store",
+    "read_json",
     "storage_statistics",
 ]
 

@@ -58,7 +58,7 @@ def one_line(uri: str) -> Iterator[None]:
         yield
     except TrackingError:
         raise
-    except (MlflowException, SQLAlchemyError, OSError) as error:
+    except (MlflowException, SQLAlchemyError, OSError, ValueError) as error:  # ValueError: a URI that is none
         text = " ".join(str(error).split())
         no_answer = re.search(r"Max retries exceeded.*Caused by (\w+)", text)
         reason = without_secrets(f"no answer ({no_answer[1]})" if no_answer else text[:300])

@@ -362,7 +362,11 @@ def restore(trainer: Trainer) -> LoopState:
     state = stored.state
     trainer.loader.load_state_dict(state["loader"])
     if trainer.world.is_main:
-        changed = f", written by {stored.world_size} workers" if stored.world_size != trainer.world.size else ""
+        changed = (
+            f", written by {stored.world_size} worker{'s' if stored.world_size > 1 else ''}"
+            if stored.world_size != trainer.world.size
+            else ""
+        )
         trainer.notify(f"resuming at step {stored.step} of {trainer.config.train.steps}{changed}")
     return LoopState(stored.step, state["skipped_steps"], state["skipped_in_a_row"])
 

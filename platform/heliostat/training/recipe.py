@@ -58,6 +58,13 @@ class PhaseConfig(StrictModel):
     """Further changes to the section as `key.path=value`, for example `scaling.num_workers=64`."""
 
 
+def _check_size(key: str, size: int, patch: int) -> None:
+    if size % patch:
+        lower = size // patch * patch
+        advice = " or ".join(str(value) for value in (lower, lower + patch) if value)
+        raise ValueError(f"{key} {size} is not divisible by student.patch_size {patch}; use {advice}")
+
+
 class TrainingConfig(StrictModel):
     """What both kinds of training share."""
 
@@ -124,8 +131,13 @@ class TrainingConfig(StrictModel):
                 "zero2, zero3 or auto"
             )
         low, high = scaling.worker_range
+        if low > high:
+            raise ValueError(f"scaling.min_workers {low} is above max_workers {high}; use scaling.max_workers={low} or more")
         if not low <= max(scaling.num_workers, 1) <= high:
-            raise ValueError(f"scaling.num_workers {scaling.num_workers} is outside of min_workers {low} to max_workers {high}")
+            raise ValueError(
+                f"scaling.num_workers {scaling.num_workers} is outside of min_workers {low} to max_workers {high}; "
+                "change one of the three"
+            )
         if low < high and scaling.num_workers == 0:
             raise ValueError("scaling.min_workers and max_workers need Ray, and scaling.num_workers is 0; use 1 or more")
         if low < high and scaling.cpus_per_worker % 1:  # Ray rounds what it has reserved, and would resize for ever
@@ -143,11 +155,9 @@ class TrainingConfig(StrictModel):
             if backbone.in_chans != 3:
                 raise ValueError(f"student.in_chans {backbone.in_chans} does not fit the crops, which are RGB; use 3")
             for name in ("global_crops_size", "local_crops_size"):
-                size = getattr(self.crops, name)
-                if size % patch:
-                    lower = size // patch * patch
-                    advice = " or ".join(str(value) for value in (lower, lower + patch) if value)
-                    raise ValueError(f"crops.{name} {size} is not divisible by student.patch_size {patch}; use {advice}")
+                _check_size(f"crops.{name}", getattr(self.crops, name), patch)
+            if self.online.enabled:  # image_size 0 stands for that of the crops
+                _check_size("online.image_size", self.online.image_size, patch)
         if self.crops.local_crops_number and self.crops.local_crops_size > self.crops.global_crops_size:
             raise ValueError(
                 f"crops.local_crops_size {self.crops.local_crops_size} is larger than crops.global_crops_size "

@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 
-from heliostat.errors import ConfigError
 from heliostat.training.config import OptimConfig, TeacherConfig
 
 
@@ -92,12 +91,12 @@ def step_values(
 
 
 def check_schedules(optim: OptimConfig, teacher: TeacherConfig, total_steps: int) -> None:
-    """Refuse a run that would end inside one of its warm-ups; raises ConfigError. Call it before a cluster starts."""
+    """Refuse a run that would end inside one of its warm-ups; raises ValueError with the key in the section of a recipe."""
     limits = {
-        "warmup_steps": optim.warmup_steps,
-        "freeze_last_layer_steps": optim.freeze_last_layer_steps,
-        "warmup_teacher_temp_steps": teacher.warmup_teacher_temp_steps,
+        "optim.warmup_steps": optim.warmup_steps,
+        "optim.freeze_last_layer_steps": optim.freeze_last_layer_steps,
+        "method.teacher.warmup_teacher_temp_steps": teacher.warmup_teacher_temp_steps,
     }
     for name, steps in limits.items():
         if steps >= total_steps:
-            raise ConfigError(f"{name} {steps} does not end within a run of {total_steps} steps; use at most {total_steps - 1}")
+            raise ValueError(f"{name} {steps} does not end within a run of {total_steps} steps; use at most {total_steps - 1}")

@@ -5,7 +5,6 @@ teacher/step-00000100/backbone.safetensors  the moving average's backbone, under
 teacher/step-00000100/metrics.json          what its evaluation found, written by the evaluation
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from heliostat.models.config import BackboneConfig
 from heliostat.models.names import to_fair_names
 from heliostat.models.stored import BACKBONE, MODEL_JSON, ModelInfo, tensors_to_bytes
-from heliostat.storage import Store
+from heliostat.storage import Store, read_json
 from heliostat.training.recipe import TrainingConfig
 
 FOLDER = "teacher/"
@@ -24,6 +23,12 @@ METRICS = "metrics.json"
 def folder_of(step: int) -> str:
     """The folder of one evaluation point."""
     return f"{FOLDER}step-{step:08d}"
+
+
+def step_of(folder: str) -> int | None:
+    """The step of the folder of an evaluation point; None for any other folder, such as a copy that somebody made."""
+    digits = folder.removeprefix(f"{FOLDER}step-")
+    return int(digits) if digits.isascii() and digits.isdigit() and folder == folder_of(int(digits)) else None
 
 
 def is_evaluation_point(config: TrainingConfig, step: int) -> bool:
@@ -59,10 +64,15 @@ def write_teacher(files: Store, step: int, info: ModelInfo, backbone: Mapping[st
 
 
 def read_evaluations(files: Store) -> dict[int, dict[str, Any]]:
-    """What the evaluations of a run found so far, by step: the content of every `metrics.json`."""
+    """What the evaluations of a run found so far, by step: the content of every `metrics.json`.
+
+    Raises StorageError for a damaged one.
+    """
+    fix = "remove it: the next run evaluates the weights beside it again"
     found = {}
     for entry in files.list(FOLDER):
-        if entry.key.endswith(f"/{METRICS}"):
-            step = int(entry.key.removeprefix(f"{FOLDER}step-").partition("/")[0])
-            found[step] = json.loads(files.read(entry.key))
+        folder, _, name = entry.key.rpartition("/")
+        step = step_of(folder)
+        if name == METRICS and step is not None:
+            found[step] = read_json(files, entry.key, dict[str, Any], fix)
     return dict(sorted(found.items()))
