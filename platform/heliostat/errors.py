@@ -64,6 +64,9 @@ class TransientStorageError(StorageError):
         super().__init__(reason)
         self.advice = advice
 
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (str(self), self.advice)
+
 
 class ArtifactError(HeliostatError):
     """An artifact cannot be read or written."""
@@ -109,6 +112,9 @@ class TrackerLostError(TrackingError):
     def __init__(self, message: str, reason: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (str(self), self.reason)
 
 
 class PublishError(HeliostatError):

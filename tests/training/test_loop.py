@@ -46,6 +46,15 @@ def test_a_stopped_run_resumes_to_the_same_files(whole: tuple[Path, str], tmp_pa
     assert final_files(tmp_path) == final_files(before)
 
 
+def test_a_run_that_goes_on_in_another_way_says_how_its_checkpoint_was_computed(tmp_path: Path, tar: bytes) -> None:
+    other = ("train.compute_dtype=bfloat16", "scaling.images_per_pass=2")
+    with pytest.raises(Stop):
+        train(job(tmp_path, settings(*other), tar), StopAfter(step=4))
+    log = Log()
+    train(job(tmp_path, settings(), tar), log)
+    assert log.said == ["resuming at step 2 of 8, written with compute_dtype bfloat16, scaling.images_per_pass 2"]
+
+
 def test_a_run_stopped_many_times_ends_the_same(whole: tuple[Path, str], tmp_path: Path, tar: bytes) -> None:
     before, centering = whole
     for stop in (2, 4, 4, 6, 8):

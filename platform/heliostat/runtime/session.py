@@ -21,7 +21,7 @@ def set_environment() -> None:
     """Defaults of Ray that Heliostat relies on; what the user has set wins."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # 2.0 holds every report back by 1.5 s (measured)
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1.0")  # asked at 0.2 s workers spend 2 % on answers (measured)
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the progress is ours; Ray Tune's own tables would be printed over it
     os.environ.setdefault("RAY_DATA_USE_DATASOURCE_V2", "0")

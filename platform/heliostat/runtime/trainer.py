@@ -147,7 +147,7 @@ def _fit(request: TrainingRequest, relay: Relay, progress: Progress) -> dict[str
             raise _readable(error) from error
     summary: dict[str, Any] = result.return_value or {}
     if "error" in summary:
-        raise TrainingError(summary["error"])
+        raise summary["error"]
     return summary
 
 
@@ -222,7 +222,7 @@ def _worker(parameters: dict[str, Any]) -> dict[str, Any]:
     except HeliostatError as error:
         if world.size > 1 and not isinstance(error, UsageError | NonFiniteLossError):
             raise
-        return {"error": str(error)}
+        return {"error": error}
     finally:
         watching.stop()
 

@@ -38,7 +38,7 @@ from heliostat.training.schedules import StepValues, step_values
 from heliostat.training.step import StepResult, train_step
 from heliostat.training.teacher_files import is_evaluation_point, model_info, write_teacher
 from heliostat.training.throughput import use_of_hardware
-from heliostat.training.world import World
+from heliostat.training.world import World, compute_dtype
 
 AnyMethod = SelfDistillation | Distillation
 
@@ -326,7 +326,7 @@ def _save(trainer: Trainer, state: LoopState, writer: CheckpointWriter) -> None:
         "loader": trainer.loader.state_dict(),
         "schedules": asdict(_values(trainer, state.step)) if state.step < trainer.config.train.steps else {},
         "random": {"seed": trainer.config.train.seed, "rule": "seed_step(seed, step, rank) before every step"},
-        "engine": type(trainer.engine).__name__,
+        "computing": _computing(trainer),
         **trainer.labels,
     }
     rejections = trainer.loader.take_rejections()
@@ -362,13 +362,28 @@ def restore(trainer: Trainer) -> LoopState:
     state = stored.state
     trainer.loader.load_state_dict(state["loader"])
     if trainer.world.is_main:
-        changed = (
-            f", written by {stored.world_size} worker{'s' if stored.world_size > 1 else ''}"
-            if stored.world_size != trainer.world.size
-            else ""
-        )
-        trainer.notify(f"resuming at step {stored.step} of {trainer.config.train.steps}{changed}")
+        written = _written_otherwise(trainer, stored)
+        trainer.notify(f"resuming at step {stored.step} of {trainer.config.train.steps}{written and f', written {written}'}")
     return LoopState(stored.step, state["skipped_steps"], state["skipped_in_a_row"])
+
+
+def _computing(trainer: Trainer) -> dict[str, str]:
+    """What is no part of a model's identity and yet makes its last digits other ones."""
+    device, scaling = trainer.world.device, trainer.config.scaling
+    return {
+        "scaling.parallel": scaling.parallel,
+        "device": device.type,
+        "compute_dtype": str(compute_dtype(trainer.config.train.compute_dtype, device)).removeprefix("torch."),
+        "scaling.images_per_pass": str(scaling.images_per_pass),
+    }
+
+
+def _written_otherwise(trainer: Trainer, stored: StoredCheckpoint) -> str:
+    """How a checkpoint's run computed, where this one does so differently: it goes on, but not bit for bit."""
+    before, size = stored.state.get("computing", {}), stored.world_size  # the first checkpoints did not say
+    parts = [f"by {size} worker{'s' if size > 1 else ''}"] if size != trainer.world.size else []
+    others = [f"{name} {before[name]}" for name, value in _computing(trainer).items() if before.get(name, value) != value]
+    return " ".join(parts + ([f"with {', '.join(others)}"] if others else []))
 
 
 def _take_over(trainer: Trainer, stored: StoredCheckpoint) -> bool:
