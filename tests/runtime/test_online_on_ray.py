@@ -87,11 +87,12 @@ def test_an_evaluator_without_room_is_told_about_with_what_it_needs(tar: bytes, 
 
     work = job(tmp_path, settings(), tar)
     evaluator = RayEvaluator(draw(work), OnlineConfig(num_gpus=1), start_timeout_seconds=2)
+    message = r"did not start within 2 s: it needs 0 CPU and 1 GPU besides the workers; lower"
     try:
-        with pytest.raises(
-            ClusterError, match=r"did not start within 2 s: it needs 0 CPU and 1 GPU besides the workers; lower"
-        ):
+        with pytest.raises(ClusterError, match=message):
             evaluator.prepare()
+        with pytest.raises(ClusterError, match=message):  # as after the loss of the node that it was on
+            evaluator.evaluate(4, LocalStore(tmp_path), None)
     finally:
         evaluator.close()
 

@@ -46,6 +46,22 @@ def test_a_pushed_live_metric_is_exported_under_its_prometheus_name_with_its_art
         relay.close()
 
 
+def test_a_machine_that_goes_is_waited_for_once_and_not_when_the_user_stopped_the_run() -> None:
+    from heliostat.runtime.relay import _Relay
+
+    relay = _Relay()
+    assert relay.take_leaving() is None
+    relay.leaving(60.0)
+    relay.leaving(30.0)
+    assert 50 < relay.take_leaving() <= 60
+    assert relay.take_leaving() is None
+    relay.leaving(-1.0)
+    assert relay.take_leaving() == 0, "gone already is not the same as not announced"
+    relay.leaving(60.0)
+    relay.ask_to_stop()
+    assert relay.take_leaving() is None
+
+
 @pytest.mark.usefixtures("local_ray")
 def test_events_come_once_and_in_order() -> None:
     from heliostat.runtime.relay import Relay

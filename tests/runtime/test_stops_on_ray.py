@@ -166,6 +166,7 @@ class Metadata(http.server.BaseHTTPRequestHandler):
     """AWS's metadata service, as far as a spot notice goes."""
 
     ends: datetime | None = None
+    zone = "Z"
 
     def do_PUT(self) -> None:
         assert self.path == "/latest/api/token"
@@ -179,7 +180,7 @@ class Metadata(http.server.BaseHTTPRequestHandler):
         ):
             self._answer(404, b"")
         else:
-            text = {"action": "terminate", "time": Metadata.ends.strftime("%Y-%m-%dT%H:%M:%SZ")}
+            text = {"action": "terminate", "time": Metadata.ends.strftime("%Y-%m-%dT%H:%M:%S") + Metadata.zone}
             self._answer(200, json.dumps(text).encode())
 
     def _answer(self, status: int, body: bytes) -> None:
@@ -204,7 +205,7 @@ class Served:
 
 @pytest.fixture
 def metadata() -> Iterator[Served]:
-    Metadata.ends = None
+    Metadata.ends, Metadata.zone = None, "Z"
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metadata) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
@@ -218,6 +219,8 @@ def test_a_notice_tells_the_seconds_that_are_left(metadata: Served) -> None:
     assert notice.seconds_left() is None
     metadata.announce(seconds=90)
     assert 80 < notice.seconds_left() <= 90
+    Metadata.zone = ""
+    assert notice.seconds_left() == 120  # a time of no zone says only that it is announced
     assert SpotNotice("http://127.0.0.1:9").seconds_left() is None  # nobody answers
 
 

@@ -43,6 +43,19 @@ def test_a_trial_that_can_never_start_is_refused_with_what_it_takes_and_what_is_
         concurrent_trials(SWEEP, settings("scaling.num_workers=4"), [{"CPU": 2.0}])
 
 
+def test_an_evaluator_that_does_not_fit_is_named() -> None:
+    message = r"1 worker of 1 CPU and an evaluator of 1 GPU, Ray has 2 CPU, 0 GPU; lower online\.num_gpus or online\.num_cpus"
+    with pytest.raises(TrainingError, match=message):
+        concurrent_trials(SWEEP, settings("scaling.num_workers=1", "online.num_gpus=1"), [{"CPU": 2.0}])
+
+
+def test_a_cluster_of_a_fixed_size_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setenv("HELIOSTAT_FIXED_SIZE", "1")
+    with pytest.raises(TrainingError, match="no trial can start"):
+        concurrent_trials(SWEEP, settings("scaling.num_workers=4"), [{"CPU": 2.0}])
+
+
 def test_a_cluster_that_was_joined_may_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert concurrent_trials(SWEEP, settings("scaling.num_workers=4"), [{"CPU": 2.0}]) == 4

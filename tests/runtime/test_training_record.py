@@ -119,10 +119,21 @@ def test_an_evaluation_point_is_noted_in_its_run_by_reference(tmp_path: Path) ->
     assert runs["b"].tags == {"heliostat.teacher_step": "10", "heliostat.teacher_files": files.uri}
 
 
+def test_an_evaluation_of_an_earlier_step_is_no_step_of_this_attempt(tmp_path: Path) -> None:
+    from tiny_training import job, settings
+
+    work = job(tmp_path, settings())
+    with recording(work, World(), {"": NullRun()}, print) as report:
+        report({"online/rankme": 3.0}, 50)  # left over from the attempt before
+        report({"train/loss": 1.0, "train/step": 42.0}, 42)
+    (attempt,) = read_attempts(work.files)
+    assert (attempt.first_step, attempt.last_step) == (42, 42)
+
+
 def test_other_ranks_count_nothing(tmp_path: Path) -> None:
     from tiny_training import job, settings
 
     work = job(tmp_path, settings())
-    with recording(work, World(1, 2, torch.device("cpu")), {}) as report:
+    with recording(work, World(1, 2, torch.device("cpu")), {}, print) as report:
         report({"train/loss": 1.0}, 2)
     assert read_attempts(work.files) == []

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import heliostat
-from heliostat.errors import TrackingError
+from heliostat.errors import TrackerLostError, TrackingError
 from heliostat.storage import open_store
 from heliostat.tracking import (
     MlflowTracker,
@@ -103,6 +103,33 @@ def test_a_run_that_is_gone_is_started_anew(tracker: Tracker) -> None:
     run = tracker.start("model/a@3", config={"seed": 1}, tags={}, resume_id="0" * 32)
     assert run.id != "0" * 32
     assert recorded(tracker, run.id).data.params == {"seed": "1"}
+
+
+def test_a_run_that_was_deleted_is_started_anew_and_that_is_said(tracker: Tracker) -> None:
+    import mlflow
+
+    first, said = tracker.start("model/a@4", config={"seed": 1}, tags={}), []
+    mlflow.MlflowClient(tracking_uri=tracker.uri).delete_run(first.id)
+    second = tracker.start("model/a@4", config={"seed": 1}, tags={}, resume_id=first.id, notify=said.append)
+    assert second.id != first.id
+    assert said == [f"the run {first.id} is not in MLflow any more; its metrics go on in a new one"]
+
+
+def test_a_server_that_fails_while_a_run_is_resumed_makes_no_second_run(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
+
+    first = tracker.start("model/a@5", config={"seed": 1}, tags={})
+
+    def refuse(*arguments: object, **more: object) -> None:
+        raise MlflowException("restarting", TEMPORARILY_UNAVAILABLE)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "update_run", refuse)
+    with pytest.raises(TrackerLostError, match="restarting"):
+        tracker.start("model/a@5", config={"seed": 1}, tags={}, resume_id=first.id)
 
 
 def test_a_large_configuration_is_recorded_whole_and_a_long_value_is_cut(tracker: Tracker) -> None:

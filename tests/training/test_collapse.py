@@ -28,6 +28,7 @@ def names(**changes: float) -> list[str]:
 def test_a_healthy_record_has_no_sign() -> None:
     assert names() == []
     assert collapse_signs({}, num_prototypes=512) == []
+    assert names(rankme=math.nan, feature_std=math.nan, prototype_usage=math.nan, dino_global=math.inf) == []
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,13 @@ def test_rankme_counts_the_directions_in_use():
     assert rankme(torch.zeros(4, 4)).isfinite()
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_rankme_of_features_that_are_not_finite_is_nan_and_no_error(bad: float):
+    features_RD = torch.eye(8)
+    features_RD[3, 2] = bad
+    assert rankme(features_RD).isnan()
+
+
 def test_teacher_entropy_lies_between_zero_and_the_log_of_the_prototypes():
     assert teacher_entropy(torch.full((5, 16), 1 / 16)).item() == pytest.approx(math.log(16))
     assert teacher_entropy(torch.eye(16)).item() == 0

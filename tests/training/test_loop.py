@@ -10,11 +10,13 @@ import pytest
 import torch
 from tiny_training import Log, Stop, StopAfter, final_files, job, settings, shard, state_bytes, train, trainer
 
-from heliostat.errors import CheckpointError, NonFiniteLossError
+from heliostat.errors import CheckpointError, NonFiniteLossError, StorageError
 from heliostat.metrics import METRICS
-from heliostat.storage import LocalStore
+from heliostat.storage import LocalStore, Store
 from heliostat.training.checkpoint import complete_steps, read_rejections
 from heliostat.training.loop import LoopState, fit, one_step, seed_step
+from heliostat.training.run import Watch, build_trainer
+from heliostat.training.world import World
 
 CENTERINGS = ["centering", "sinkhorn_knopp"]
 
@@ -164,6 +166,21 @@ def test_a_gradient_that_is_not_finite_is_skipped_too(tmp_path: Path, tar: bytes
     assert all(value.isfinite().all() for value in made.method.state_dict().values())
 
 
+def test_features_that_are_not_finite_at_a_recorded_step_are_recorded_as_such(tmp_path: Path, tar: bytes) -> None:
+    log = Log()
+    made = trainer(job(tmp_path, settings("train.log_every_steps=1"), tar), log)
+    state = LoopState()
+    token = made.method.student.backbone.cls_token
+    before = token.detach().clone()
+    token.data.fill_(torch.nan)
+    one_step(made, state, made.loader.batch(0))
+    token.data.copy_(before)
+    assert state.skipped_steps == 1
+    assert math.isnan(log.metrics[-1][1]["train/rankme"])
+    one_step(made, state, made.loader.batch(1))
+    assert math.isfinite(log.metrics[-1][1]["train/rankme"])
+
+
 def test_losses_that_stay_not_finite_abort_the_run_after_the_limit(tmp_path: Path, tar: bytes) -> None:
     log = Log()
     made = trainer(job(tmp_path, settings("train.max_nonfinite_steps=2"), tar), log)
@@ -183,6 +200,48 @@ def test_the_policy_abort_ends_the_run_at_the_first_value_that_is_not_finite(tmp
     with pytest.raises(NonFiniteLossError, match=r"step 1: not finite: dino_.*nonfinite_policy is abort"):
         one_step(made, state, made.loader.batch(1))
     assert state_bytes(made.method) == before
+
+
+class FullForTeachers(LocalStore):
+    """A store that takes everything but the teachers of evaluation points, while `is_full`."""
+
+    is_full = True
+
+    def put(self, key: str, data: bytes, *, overwrite: bool = True) -> None:
+        if self.is_full and "/teacher/" in f"{self.uri}/{key}":
+            raise StorageError(f"{key}: no space left on device")
+        super().put(key, data, overwrite=overwrite)
+
+    def child(self, prefix: str) -> Store:
+        child = FullForTeachers(self._root / prefix)
+        child.is_full = self.is_full
+        return child
+
+
+def test_a_store_without_room_for_a_teacher_costs_its_evaluation_and_a_resumed_run_keeps_the_last(tmp_path, tar) -> None:
+    log, files = Log(), FullForTeachers(tmp_path)
+    seen: list[int] = []
+
+    def evaluate(model: str, step: int, folder: Store) -> None:
+        seen.append(step)
+
+    work = job(files, settings("online.every_steps=4"), tar)
+
+    def run() -> None:
+        fit(build_trainer(work, World(), log.report, log.said.append, watch=Watch(evaluate)))
+
+    run()
+    assert seen == []
+    assert [line.partition(" could")[0] for line in log.said if "no space" in line] == [
+        "the teacher of step 4",
+        "the teacher of step 8",
+    ]
+    assert complete_steps(files)[-1] == 8
+    files.is_full = False
+    run()
+    assert seen == [8]
+    run()
+    assert seen == [8], "it is there"
 
 
 def test_every_loss_is_recorded_beside_its_value_at_uniform_output(tmp_path: Path, tar: bytes) -> None:

@@ -3,7 +3,8 @@
     _work/costs/<attempt>.json
 
 A process that is killed leaves its file as it was at its newest record; the next attempt writes another one, and together they
-are what the run has cost. The commit removes them with the rest of the scratch.
+are what the run has cost. The commit removes them with the rest of the scratch. A store that cannot be written to costs no run
+its training: the count goes on in memory, and the next write brings it all.
 """
 
 import secrets
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterable
 
 from pydantic import BaseModel, ConfigDict
 
+from heliostat.errors import StorageError
 from heliostat.storage import Store, read_json
 
 FOLDER = "_work/costs/"
@@ -66,12 +68,14 @@ class Meter:
         *,
         num_workers: int,
         record_steps: int,
-        joules: Callable[[], float] | None = None,
+        joules: Callable[[], float | None] | None = None,
+        notify: Callable[[str], None] = print,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        self._notify, self._is_failing = notify, False
         self._files, self._clock, self._joules = files, clock, joules
         self._key = f"{FOLDER}{secrets.token_hex(8)}.json"
-        self._joules_before = joules() if joules else 0.0
+        self._joules_before = self._measured()
         self._attempt = Attempt(device=device, num_workers=num_workers, started=clock(), record_steps=record_steps)
         self._written = 0.0
         self._write()
@@ -93,10 +97,25 @@ class Meter:
 
     def _write(self) -> None:
         seconds = self._clock() - self._attempt.started
-        joules = self._joules() - self._joules_before if self._joules else None
+        now = self._measured()
+        joules = None if now is None or self._joules_before is None else now - self._joules_before
         self._attempt = self._attempt.model_copy(update={"seconds": seconds, "joules": joules})
         self._written = seconds
-        self._files.put(self._key, self._attempt.model_dump_json().encode())
+        try:
+            self._files.put(self._key, self._attempt.model_dump_json().encode())
+        except StorageError as error:
+            if not self._is_failing:
+                self._notify(f"costs of this run cannot be kept now: {error}; training goes on")
+            self._is_failing = True
+        else:
+            self._is_failing = False
+
+    def _measured(self) -> float | None:
+        """The joules of the device so far; None from the first reading on that it refuses."""
+        joules = self._joules() if self._joules else None
+        if joules is None:
+            self._joules = None
+        return joules
 
 
 def read_attempts(files: Store) -> list[Attempt]:

@@ -6,8 +6,8 @@ Tried against a stand-in of the library only, not on a GPU.
 from collections.abc import Callable
 
 
-def energy_counter(uuid: str) -> Callable[[], float] | None:
-    """A function that gives the joules which a GPU has used since its driver was loaded.
+def energy_counter(uuid: str) -> Callable[[], float | None] | None:
+    """A function that gives the joules which a GPU has used since its driver was loaded; None when it does not tell any more.
 
     None without the package nvidia-ml-py (extra `gpu`), without a driver, and for GPUs that do not count (before Volta, MIG):
     energy is then modelled as power times time, and the record says so.
@@ -23,8 +23,11 @@ def energy_counter(uuid: str) -> Callable[[], float] | None:
     except pynvml.NVMLError:
         return None
 
-    def joules() -> float:
-        return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000  # it counts millijoules
+    def joules() -> float | None:
+        try:
+            return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000  # it counts millijoules
+        except pynvml.NVMLError:  # a GPU that was lost, or a driver that was replaced; the record then says "modelled"
+            return None
 
     return joules
 

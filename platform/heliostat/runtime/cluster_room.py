@@ -10,13 +10,18 @@ from heliostat.runtime.ray_blocks import object_store_bytes
 from heliostat.training.run import TrainingJob, loading_of
 
 
+def may_grow() -> bool:
+    """Whether the cluster is one that was joined, and that may bring nodes; HELIOSTAT_FIXED_SIZE says that it does not."""
+    return bool(os.environ.get("RAY_ADDRESS")) and not os.environ.get("HELIOSTAT_FIXED_SIZE")
+
+
 def check_room(resources: Mapping[str, float], job: TrainingJob) -> None:
     """Refuse what can never be placed. resources: of one training worker.
 
     The cluster of a job may grow and is given its start timeout, unless HELIOSTAT_FIXED_SIZE is set (clusters/local.sh).
     Training workers that leave no room for their data workers would wait for them for ever. Raises TrainingError.
     """
-    if os.environ.get("RAY_ADDRESS") and not os.environ.get("HELIOSTAT_FIXED_SIZE"):
+    if may_grow():
         return
     config, total = job.config, ray.cluster_resources()
     num_workers, loader = config.scaling.worker_range[0], config.loader

@@ -49,7 +49,7 @@ class RayEvaluator:
         self._draw = ray.put(draw)
         self._actor: Any = actor.remote([self._draw], config.num_cpus, config.num_gpus)
         self._started = time.monotonic()
-        self._placed = self._actor.__ray_ready__.remote()  # first in the actor's queue
+        self._placed = self._actor.__ray_ready__.remote()  # first in the actor's queue; asked again after a restart
         self._prepared = self._actor.prepare.remote()
 
     def prepare(self) -> list[str]:
@@ -57,19 +57,22 @@ class RayEvaluator:
 
         Without a reservation there always is room, and a busy machine only makes the start slow.
         """
-        remaining = max(1.0, self._started + self._timeout - time.monotonic())
-        reserves = self._config.num_cpus > 0 or self._config.num_gpus > 0
-        if reserves and not ray.wait([self._placed], timeout=remaining)[0]:
-            raise ClusterError(
-                f"the evaluator did not start within {self._timeout:g} s: it needs {self._config.num_cpus:g} CPU and "
-                f"{self._config.num_gpus:g} GPU besides the workers; lower online.num_cpus or online.num_gpus, or add a node"
-            )
+        self._wait_for_room(self._placed, max(1.0, self._started + self._timeout - time.monotonic()))
         notes: list[str] = ray.get(self._prepared)
         return notes
 
     def evaluate(self, step: int, files: Store, before: Store | None) -> dict[str, float]:
+        self._wait_for_room(self._actor.__ray_ready__.remote(), self._timeout)  # its node may be gone, and no other have room
         metrics: dict[str, float] = ray.get(self._actor.evaluate.remote(step, files, before))
         return metrics
+
+    def _wait_for_room(self, placed: "ray.ObjectRef", seconds: float) -> None:
+        reserves = self._config.num_cpus > 0 or self._config.num_gpus > 0
+        if reserves and not ray.wait([placed], timeout=seconds)[0]:
+            raise ClusterError(
+                f"the evaluator did not start within {seconds:.0f} s: it needs {self._config.num_cpus:g} CPU and "
+                f"{self._config.num_gpus:g} GPU besides the workers; lower online.num_cpus or online.num_gpus, or add a node"
+            )
 
     def close(self) -> None:
         ray.kill(self._actor)

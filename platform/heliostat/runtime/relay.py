@@ -50,7 +50,7 @@ class _Relay:
         self._gauges = Gauges()
         self._is_stopping = False
         self._beats: dict[int, Beat] = {}
-        self._leaving_at = 0.0
+        self._leaving_at: float | None = None
 
     def push(self, artifact: str, metrics: dict[str, float], step: int) -> None:
         self._events.append((artifact, metrics, step))
@@ -67,10 +67,11 @@ class _Relay:
         return self._is_stopping
 
     def leaving(self, seconds: float) -> None:
-        self._leaving_at = max(self._leaving_at, time.monotonic() + seconds)
+        self._leaving_at = max(self._leaving_at or 0.0, time.monotonic() + seconds)
 
-    def leaving_in(self) -> float:
-        return max(0.0, self._leaving_at - time.monotonic())
+    def take_leaving(self) -> float | None:
+        leaving_at, self._leaving_at = self._leaving_at, None
+        return None if leaving_at is None or self._is_stopping else max(0.0, leaving_at - time.monotonic())
 
     def beats(self) -> dict[int, tuple[str, int, float]]:
         now = time.monotonic()
@@ -125,9 +126,13 @@ class Relay:
         """Tell that a machine of the group goes in so many seconds."""
         self._actor.leaving.remote(seconds)
 
-    def leaving_in(self) -> float:
-        """Seconds until the last machine that told so is gone; 0 when none is going."""
-        return float(ray.get(self._actor.leaving_in.remote()))
+    def take_leaving(self) -> float | None:
+        """Seconds until the last machine that told so is gone, 0 when it is gone already; the news is then forgotten.
+
+        None where no machine told so, and where somebody asked to stop: that holds.
+        """
+        seconds: float | None = ray.get(self._actor.take_leaving.remote())
+        return seconds
 
     def close(self) -> None:
         """Stop the actor."""

@@ -38,9 +38,9 @@ class SpotNotice:
         try:
             action = json.loads(body)
             when = datetime.fromisoformat(str(action["time"]).replace("Z", "+00:00"))
-        except (ValueError, KeyError, TypeError):
+            return max(0.0, (when - datetime.now(UTC)).total_seconds())
+        except (ValueError, KeyError, TypeError):  # also a time without its zone
             return 120.0  # AWS promises two minutes
-        return max(0.0, (when - datetime.now(UTC)).total_seconds())
 
     def _ask(self) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection(self._host, self._port, timeout=_ASK_SECONDS)

@@ -24,7 +24,7 @@ from heliostat.runtime.sweep_plot import draw_trials
 from heliostat.runtime.sweep_points import trial_config, trial_configs
 from heliostat.runtime.sweep_state import SweepState
 from heliostat.runtime.sweep_table import best_group, csv_text, markdown_table, table_lines
-from heliostat.runtime.sweep_trials import TRIALS, trial_bytes
+from heliostat.runtime.sweep_trials import TRIALS, drop_scratch, trial_bytes
 from heliostat.runtime.training_data import TrainingData, training_data
 from heliostat.runtime.weights import WeightSource, open_weights
 from heliostat.tracking import Run
@@ -122,6 +122,9 @@ def _conclude(context: Context, draft: Draft, run: Run, state: SweepState) -> Su
     """Table, plot and recipe of the best, in the artifact and in the tracker's run. Raises TrainingError for failed trials."""
     trials, config = state.table(), state.sweep
     _refuse_failures(state)
+    for trial in trials:
+        if trial.status == "stopped":  # its workers may have written on for a moment
+            drop_scratch(state.files, trial.point.index)
     best = best_group(trials, config)
     if best is None:
         raise TrainingError(

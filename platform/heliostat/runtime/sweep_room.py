@@ -1,10 +1,10 @@
 """How many trials a cluster has room for. A trial's own process takes next to nothing, so no worker waits for its place."""
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 
 from heliostat.errors import TrainingError
+from heliostat.runtime.cluster_room import may_grow
 from heliostat.runtime.sweep_config import SweepConfig
 from heliostat.training.recipe import PretrainConfig
 
@@ -38,12 +38,16 @@ def num_fitting(config: PretrainConfig, nodes: Sequence[Mapping[str, float]]) ->
         min(math.floor(node.get(name, 0.0) / amount + 1e-9) for name, amount in demand.items() if amount) for node in nodes
     )
     fitting = workers // config.scaling.worker_range[0]
-    if config.online.enabled:
-        for name, amount in (("CPU", config.online.num_cpus), ("GPU", config.online.num_gpus)):
-            whole = demand.get(name, 0.0) * config.scaling.worker_range[0] + amount
-            if amount:
-                fitting = min(fitting, math.floor(sum(node.get(name, 0.0) for node in nodes) / whole + 1e-9))
+    for name, amount in _evaluator_demand(config).items():
+        whole = demand.get(name, 0.0) * config.scaling.worker_range[0] + amount
+        fitting = min(fitting, math.floor(sum(node.get(name, 0.0) for node in nodes) / whole + 1e-9))
     return fitting
+
+
+def _evaluator_demand(config: PretrainConfig) -> dict[str, float]:
+    """What a trial's evaluator reserves beside the workers."""
+    online = config.online
+    return {name: amount for name, amount in (("CPU", online.num_cpus), ("GPU", online.num_gpus)) if online.enabled and amount}
 
 
 def concurrent_trials(sweep: SweepConfig, config: PretrainConfig, nodes: Sequence[Mapping[str, float]]) -> int:
@@ -51,16 +55,24 @@ def concurrent_trials(sweep: SweepConfig, config: PretrainConfig, nodes: Sequenc
 
     A cluster that was joined may grow: it gets all that the recipe asks for, and scaling.start_timeout_seconds to bring nodes.
     """
-    if os.environ.get("RAY_ADDRESS"):
+    if may_grow():
         return sweep.max_concurrent_trials
     fitting = num_fitting(config, nodes)
     if fitting == 0:
-        workers = config.scaling.worker_range[0]
-        demand = ", ".join(f"{amount:g} {name}" for name, amount in worker_demand(config).items())
-        there = {name: sum(node.get(name, 0.0) for node in nodes) for name in worker_demand(config)}
+        workers, evaluator = config.scaling.worker_range[0], _evaluator_demand(config)
+        takes = f"{workers} worker{'s' if workers > 1 else ''} of {_amounts(worker_demand(config))}"
+        fewer = "scaling.num_workers or scaling.cpus_per_worker"
+        if evaluator:
+            takes += f" and an evaluator of {_amounts(evaluator)}"
+            fewer = "online.num_gpus or online.num_cpus, " + fewer
+        names = worker_demand(config).keys() | evaluator.keys()
+        there = {name: sum(node.get(name, 0.0) for node in nodes) for name in sorted(names)}
         raise TrainingError(
-            f"no trial can start: it takes {workers} worker{'s' if workers > 1 else ''} of {demand}, Ray has "
-            f"{', '.join(f'{amount:g} {name}' for name, amount in there.items())}; lower scaling.num_workers or "
-            "scaling.cpus_per_worker in sweep.overrides, or raise cluster.num_cpus"
+            f"no trial can start: it takes {takes}, Ray has {_amounts(there)}; lower {fewer} in sweep.overrides, or raise "
+            "cluster.num_cpus"
         )
     return min(sweep.max_concurrent_trials, fitting)
+
+
+def _amounts(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())

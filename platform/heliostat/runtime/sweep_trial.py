@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from heliostat.data.image_source import ImageSource
-from heliostat.errors import HeliostatError, PreemptedError, TrainingError
+from heliostat.errors import HeliostatError, PreemptedError, StorageError, TrainingError
 from heliostat.evaluation.online import PICTURE_PATCHES
 from heliostat.runtime.interrupt import in_thread
 from heliostat.runtime.online_images import OnlineDraw
@@ -19,6 +19,7 @@ from heliostat.runtime.relay import Gauges
 from heliostat.runtime.session import set_environment
 from heliostat.runtime.sweep_board import Board, Event, shown_on_board, tracker_on_board
 from heliostat.runtime.sweep_config import SweepConfig
+from heliostat.runtime.sweep_metric import is_online
 from heliostat.runtime.sweep_points import Point, trial_config
 from heliostat.runtime.sweep_trials import (
     Trial,
@@ -114,7 +115,13 @@ def _train(point: Point, run: Run, job: SweepJob) -> None:
         wait([training], timeout=_POLL_SECONDS)
     summary = training.result()
     curve.tell(job.board.take(name))
-    evaluated = read_evaluations(results).get(config.train.steps, {})
+    evaluated = read_evaluations(results).get(config.train.steps)
+    if evaluated is None and is_online(job.sweep):
+        raise TrainingError(
+            f"the evaluation of the last step failed, so there is no {job.sweep.metric}; what it said is above, and the same "
+            "command tries it again"
+        )
+    evaluated = evaluated or {}
     metrics = {**summary["metrics"][""], **{key: value for key, value in evaluated.items() if isinstance(value, int | float)}}
     value = _value(job.sweep, metrics)
     points = [*curve.points, (config.train.steps, value)]
@@ -150,7 +157,10 @@ class _Curve:
             value = metrics.get(self._job.sweep.metric)
             if value is not None and step < self._steps and (not self.points or step > self.points[-1][0]):
                 self.points.append((step, float(value)))
-                write_curve(self._job.files, self._index, self.points)
+                try:
+                    write_curve(self._job.files, self._index, self.points)
+                except StorageError as error:  # the next one that can be written holds them all
+                    self._job.board.note(f"trial {self._index:03d}: the curve is not kept now: {error}; the trial goes on")
                 self._report(step, value)
 
     def finish(self, value: float) -> None:

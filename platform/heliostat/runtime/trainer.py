@@ -19,7 +19,7 @@ import torch
 from heliostat.data.loading import BatchLoader, Loading
 from heliostat.errors import HeliostatError, NonFiniteLossError, PreemptedError, TrainingError, UsageError
 from heliostat.runtime.cluster_room import check_room
-from heliostat.runtime.elastic import usable_world
+from heliostat.runtime.elastic import collective_timeout, usable_world
 from heliostat.runtime.interrupt import StopFlag, run_interruptible
 from heliostat.runtime.online import LocalEvaluator, open_evaluation
 from heliostat.runtime.online_actor import RayEvaluator
@@ -79,15 +79,18 @@ def train(request: TrainingRequest, runs: Mapping[str, Run], progress: Progress)
             summary = _fit(request, relay, progress)
             if "stopped" not in summary:
                 return summary
-            wait_seconds = relay.leaving_in()
-            if not wait_seconds:
+            wait_seconds = relay.take_leaving()
+            if wait_seconds is None:
                 raise PreemptedError(summary["stopped"])
             progress.say(f"  {summary['stopped']}; the workers start again in {wait_seconds:.0f} s, when the machine is gone")
             time.sleep(wait_seconds)
 
 
 def _train_here(request: TrainingRequest, runs: Mapping[str, Run], progress: Progress, panel: TrainingPanel) -> dict[str, Any]:
-    with StopFlag(lambda: progress.say(f"  {_STOPPING}")) as flag, recording(request.job, World(), runs) as record:
+    with (
+        StopFlag(lambda: progress.say(f"  {_STOPPING}")) as flag,
+        recording(request.job, World(), runs, progress.say) as record,
+    ):
 
         def report(metrics: Mapping[str, float], step: int, model: str = "") -> None:
             record(metrics, step, model)
@@ -121,7 +124,7 @@ def _fit(request: TrainingRequest, relay: Relay, progress: Progress) -> dict[str
             train_loop_config={"request": ray.put(slim), "sources": ray.put(request.job.sources), "relay": relay},
             torch_config=TorchConfig(
                 backend="nccl" if scaling.use_gpu else "gloo",
-                timeout_s=scaling.collective_timeout_seconds + _WATCHDOG_SECONDS,
+                timeout_s=collective_timeout(request.job.config),
             ),
             scaling_config=ScalingConfig(
                 num_workers=low if low == high else (low, high),
@@ -149,9 +152,6 @@ def _fit(request: TrainingRequest, relay: Relay, progress: Progress) -> dict[str
     if "error" in summary:
         raise summary["error"]
     return summary
-
-
-_WATCHDOG_SECONDS = 60  # later than our own watchdog, which names the rank that the others wait for
 
 
 def _readable(error: BaseException) -> HeliostatError:
@@ -206,7 +206,7 @@ def _worker(parameters: dict[str, Any]) -> dict[str, Any]:
     )
     online = request.online if world.is_main else None
     try:
-        with recording(job, world, runs) as record:
+        with recording(job, world, runs, notify) as record:
 
             def report(metrics: Mapping[str, float], step: int, model: str = "") -> None:
                 record(metrics, step, model)

@@ -1,6 +1,6 @@
 """What the main rank keeps of a training run besides its files: metrics and the machine's load in the tracker, and costs."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -15,7 +15,7 @@ from heliostat.training.world import World
 
 
 @contextmanager
-def recording(job: TrainingJob, world: World, runs: Mapping[str, Run]) -> Iterator[Report]:
+def recording(job: TrainingJob, world: World, runs: Mapping[str, Run], notify: Callable[[str], None]) -> Iterator[Report]:
     """A report that goes into the runs (by network) and counts the costs of this attempt until the context ends.
 
     Ranks other than the main one get a report that does nothing: they have nothing to say.
@@ -30,11 +30,13 @@ def recording(job: TrainingJob, world: World, runs: Mapping[str, Run]) -> Iterat
         num_workers=world.size,
         record_steps=job.config.train.log_every_steps,
         joules=energy_counter(device.uuid) if device.is_gpu else None,
+        notify=notify,
     )
 
     def report(metrics: Mapping[str, float], step: int, model: str = "") -> None:
         runs[model].log_metrics(metrics, step)
-        meter.note(step)
+        if "train/step" in metrics:  # an evaluation is reported at the step of its weights, later
+            meter.note(step)
 
     with next(iter(runs.values())).watch_system(also=gpu_loads):
         try:

@@ -21,6 +21,7 @@ from heliostat.tracking.system_metrics import watching
 
 _PARAM_LIMIT = 6000  # characters; MLflow 3 refuses values past 8,000
 _TAG_LIMIT = 6000
+_GONE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "INVALID_STATE")  # of a run that is not there, or was deleted
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,10 @@ class MlflowTracker:
         resume_id: str = "",
         notify: Notify = print,
     ) -> Run:
-        """Open a run, or reopen `resume_id` when it exists. Raises TrackingError when MLflow does not answer."""
+        """Open a run, or reopen `resume_id`; a run that was deleted is replaced by a new one.
+
+        Raises TrackingError when MLflow does not answer, or refuses the run for another reason.
+        """
         from mlflow.entities import Param, RunTag
         from mlflow.exceptions import MlflowException
 
@@ -70,8 +74,10 @@ class MlflowTracker:
                 try:
                     client.update_run(resume_id, status="RUNNING")
                     return MlflowRun(resume_id, delivery, notify, self.system_metrics_every_seconds)
-                except MlflowException:
-                    client.get_experiment_by_name(self.experiment)  # the store answers: the run itself is gone, so start anew
+                except MlflowException as error:
+                    if error.error_code not in _GONE:
+                        raise
+                    notify(f"the run {resume_id} is not in MLflow any more; its metrics go on in a new one")
             experiment = client.get_experiment_by_name(self.experiment)
             run_id: str = client.create_run(experiment.experiment_id, run_name=name).info.run_id
             params = [Param(key, value[:_PARAM_LIMIT]) for key, value in plain_texts(flatten(config)).items()]

@@ -106,10 +106,6 @@ class StoredCheckpoint:
     places: Mapping[str, tuple[Place, ...]]
     _windows: dict[str, list[tuple[int, bytes]]] = field(default_factory=dict, repr=False, compare=False)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The whole shape of a tensor. Raises CheckpointError when there is none of this name."""
-        return self._places(name)[0].shape
-
     def _places(self, name: str) -> tuple[Place, ...]:
         if name not in self.places:
             raise CheckpointError(f"checkpoint of step {self.step} has no tensor {name}")

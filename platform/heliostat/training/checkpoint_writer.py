@@ -54,11 +54,6 @@ class CheckpointWriter:
         self._failed: Snapshot | None = None
         self._buffers: dict[tuple[str, int], Tensor] = {}
 
-    @property
-    def pending_step(self) -> int | None:
-        """The step whose checkpoint is being written."""
-        return self._pending.step if self._pending else None
-
     def begin(
         self,
         step: int,

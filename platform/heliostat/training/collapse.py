@@ -4,6 +4,7 @@ Thresholds are assumptions with a wide margin, not studied: healthy runs of ours
 0.95, effective rank above 10, teacher entropy below 0.9 ln K).
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -28,8 +29,9 @@ class Sign:
 def collapse_signs(numbers: Mapping[str, float], *, num_prototypes: int) -> list[Sign]:
     """Signs in one record of metrics (`train/...`). Call it after the warm-ups: before them a healthy run looks collapsed too.
 
-    A number that the record lacks gives no sign.
+    A number that the record lacks, or that is not finite, gives no sign.
     """
+    numbers = {name: value for name, value in numbers.items() if math.isfinite(value)}
     return [sign for sign in (_same_features(numbers), _one_prototype(numbers, num_prototypes), _uniform(numbers)) if sign]
 
 

@@ -20,7 +20,12 @@ def feature_std(features_RD: Tensor) -> Tensor:
 
 @torch.no_grad()
 def rankme(features_RD: Tensor) -> Tensor:
-    """Effective rank, from 1 to min(R, D): exponential of the entropy of the singular values (Eq. 1 of arXiv 2210.02885)."""
+    """Effective rank, from 1 to min(R, D): exponential of the entropy of the singular values (Eq. 1 of arXiv 2210.02885).
+
+    NaN when any feature is NaN or infinite, as after a step that was skipped for that.
+    """
+    if not bool(torch.isfinite(features_RD).all()):
+        return features_RD.new_tensor(math.nan)
     singular_values = torch.linalg.svdvals(features_RD.float())
     eps = 1e-7  # of the paper, for float32
     shares = singular_values / singular_values.sum().clamp(min=eps) + eps

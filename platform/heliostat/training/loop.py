@@ -17,7 +17,7 @@ import torch
 from heliostat.data.batch import Batch
 from heliostat.data.loading import BatchLoader
 from heliostat.data.raw_batch import RawBatch, crops_of
-from heliostat.errors import CheckpointError, NonFiniteLossError, PreemptedError
+from heliostat.errors import CheckpointError, NonFiniteLossError, PreemptedError, StorageError
 from heliostat.storage import Store, storage_statistics
 from heliostat.training.checkpoint import (
     FOLDER,
@@ -36,7 +36,7 @@ from heliostat.training.method import SelfDistillation
 from heliostat.training.recipe import PretrainConfig, TrainingConfig
 from heliostat.training.schedules import StepValues, step_values
 from heliostat.training.step import StepResult, train_step
-from heliostat.training.teacher_files import is_evaluation_point, model_info, write_teacher
+from heliostat.training.teacher_files import has_teacher, is_evaluation_point, model_info, write_teacher
 from heliostat.training.throughput import use_of_hardware
 from heliostat.training.world import World, compute_dtype
 
@@ -124,6 +124,8 @@ def fit(trainer: Trainer) -> list[dict[str, Any]]:
     writer = CheckpointWriter(trainer.files, trainer.world, train, trainer.notify, start=state.step)
     first, total = state.step, train.steps
     saved = first
+    if first and is_evaluation_point(trainer.config, first) and not _has_teacher(trainer, first):
+        _keep_teacher(trainer, first)
     with abandoned_on_error(writer), closing(trainer.loader.batches(total - first)) as batches:
         trainer.mark("data", state.step)
         for batch in batches:
@@ -334,12 +336,29 @@ def _save(trainer: Trainer, state: LoopState, writer: CheckpointWriter) -> None:
 
 
 def _keep_teacher(trainer: Trainer, step: int) -> None:
-    """Write the backbones of the moving averages as they are now, and have them evaluated."""
+    """Write the backbones of the moving averages as they are now, and have them evaluated.
+
+    A store that cannot be written to costs the evaluation of this point only, as any other failure of an evaluation does.
+    """
     for name, network in trainer.method.results.items():
         state = trainer.engine.whole_state(network.backbone)
         if trainer.world.is_main:
             info = model_info(trainer.config, trainer.config.backbones[name], steps=step)
-            trainer.evaluate(name, step, write_teacher(trainer.outputs.get(name, trainer.files), step, info, state))
+            try:
+                folder = write_teacher(trainer.outputs.get(name, trainer.files), step, info, state)
+            except StorageError as error:
+                trainer.notify(
+                    f"the teacher of step {step} could not be kept for its evaluation, the training goes on: {error}"
+                )
+            else:
+                trainer.evaluate(name, step, folder)
+
+
+def _has_teacher(trainer: Trainer, step: int) -> bool:
+    """Whether the weights of an evaluation point are all there, as every rank is told; not so where the store was full."""
+    names = trainer.method.results if trainer.world.is_main else ()
+    found = [has_teacher(trainer.outputs.get(name, trainer.files), step) for name in names]
+    return trainer.world.agree([all(found)])[0]
 
 
 def restore(trainer: Trainer) -> LoopState:

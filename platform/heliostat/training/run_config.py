@@ -51,7 +51,7 @@ class ScalingConfig(StrictModel):
     stop_grace_seconds: int = Field(default=90, ge=0, le=MOST)
     """How long a run that is asked to stop (Ctrl-C, SIGTERM, `ray job stop`) may take to write its checkpoint."""
     spot_notice_url: str = ""
-    """Where a spot machine announces its end, asked every 5 s on every node: http://169.254.169.254 on AWS; empty asks nobody.
+    """Where a spot machine announces its end, asked every 2 s on every node: http://169.254.169.254 on AWS; empty asks nobody.
     A notice writes a checkpoint and starts the workers again after the machine is gone, without counting as a failure."""
 
     @property

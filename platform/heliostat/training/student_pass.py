@@ -1,4 +1,4 @@
-"""The part of a step that has gradients, as one module: what DistributedDataParallel and DeepSpeed wrap."""
+"""The part of a step that has gradients, as one module: what engines run and DeepSpeed wraps."""
 
 from dataclasses import dataclass, replace
 

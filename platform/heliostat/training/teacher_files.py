@@ -63,6 +63,11 @@ def write_teacher(files: Store, step: int, info: ModelInfo, backbone: Mapping[st
     return folder
 
 
+def has_teacher(files: Store, step: int) -> bool:
+    """Whether the weights of an evaluation point are complete."""
+    return files.size(f"{folder_of(step)}/{MODEL_JSON}") is not None
+
+
 def read_evaluations(files: Store) -> dict[int, dict[str, Any]]:
     """What the evaluations of a run found so far, by step: the content of every `metrics.json`.
 
