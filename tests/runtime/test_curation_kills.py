@@ -233,7 +233,7 @@ def test_drivers_killed_at_random_moments_leave_no_trace(cluster, web: Path, dri
             process = drivers.Process(target=drive, args=(words, str(log)))
             process.start()
             is_last = killed >= NUM_DRIVER_KILLS
-            process.join(timeout=600 if is_last else generator.uniform(0.05, 0.35) * seconds)
+            process.join(timeout=600 if is_last else generator.uniform(0.04, 0.22) * seconds)
             if process.exitcode is not None:
                 break
             os.kill(process.pid, signal.SIGKILL)
