@@ -83,6 +83,8 @@ def test_a_trial_has_the_shared_overrides_its_own_and_no_phases() -> None:
     [
         ({}, "nothing varies; give grid, ablation or space"),
         ({"grid": {KOLEO: []}}, "at least 1 item"),
+        ({"grid": {KOLEO: [0.1]}, "search": "optuna"}, "search=optuna is about draws from a space, and there is none"),
+        ({"grid": {KOLEO: [0.1]}, "num_trials": 4}, "num_trials=4 is about draws from a space"),
         ({"grid": {KOLEO: [0.1]}, "space": {KOLEO: [0.1]}}, "space and grid are both given"),
         ({"grid": {KOLEO: [0.1]}, "overrides": {KOLEO: 0.2}}, f"{KOLEO} is swept and in overrides; keep one of them"),
         ({"ablation": [{"name": "a"}, {"name": "a"}]}, "the name 'a' is there twice"),

@@ -108,6 +108,10 @@ class SweepConfig(StrictModel):
             raise ValueError(f"space and {other} are both given; move the keys of {other} into space as lists, or drop one")
         if not (self.space or self.grid or self.ablation):
             raise ValueError("nothing varies; give grid, ablation or space")
+        for name in ("search", "num_trials", "seed"):
+            value = getattr(self, name)
+            if not self.space and value != type(self).model_fields[name].default:
+                raise ValueError(f"{name}={value} is about draws from a space, and there is none; give space or remove {name}")
         for key, values in [*self.grid.items(), *self.space.items()]:
             _refuse_twice(key, values)
         names = [step.name for step in self.ablation]
