@@ -14,7 +14,7 @@ from heliostat.curation.edges import (
     write_edges,
 )
 from heliostat.curation.tasks import run_serially
-from heliostat.errors import DataError
+from heliostat.errors import DataError, StorageError
 from heliostat.storage import LocalStore
 
 
@@ -48,7 +48,7 @@ def test_a_torn_file_and_a_file_of_something_else_are_named(tmp_path):
     write_edges(store, "a.parquet", all_edges(planted(100, 16), 0.4))
     store.put("torn.parquet", store.read("a.parquet")[:200])
     pq.write_table(pa.table({"x": [1]}), tmp_path / "other.parquet")
-    with pytest.raises(DataError, match=r"torn.parquet is not a file of edges.*remove it"):
+    with pytest.raises(StorageError, match=r"torn.parquet is damaged .*remove it"):
         read_edges(store, "torn.parquet")
     with pytest.raises(DataError, match=r"other.parquet has columns \['x'\]"):
         read_edges(store, "other.parquet")

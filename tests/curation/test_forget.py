@@ -17,7 +17,7 @@ from heliostat.curation.forget_list import Target, digest_of, hosts_of
 from heliostat.curation.ledger import Decisions, same_reason
 from heliostat.curation.ledger_facts import LedgerFacts, hex_to_ids
 from heliostat.curation.ledger_read import open_ledger
-from heliostat.curation.ledger_write import TableRows, to_parquet, write_ledger
+from heliostat.curation.ledger_write import TableRows, ledger_bytes, write_ledger
 from heliostat.curation.story import explain
 from heliostat.data.manifest import join_manifests, manifest_from_bytes, manifest_to_bytes
 from heliostat.data.parquet_shards import SHARD_SCHEMA, lay_parquet
@@ -68,14 +68,14 @@ def make_store(root, *, shard_format="tar"):
     )
     draft.put("truth.json", json.dumps({URLS[0]: URLS[1], "list": [URLS[2], "plain"]}).encode())
     log = pa.table({"url": [*URLS, "https://gone.example/x.jpg"], "status": ["ok"] * 14 + ["not_found"], "id": [*IDS, None]})
-    draft.put("fetch_log/000000.parquet", to_parquet(log))
+    draft.put("fetch_log/000000.parquet", ledger_bytes(log))
     raw = draft.commit(counts={"images": 14, "shards": 2})
 
     draft = begin("features/pool@1", raw=raw)
     rows = manifest.append_column("copy", pa.array([bytes([number]) * 8 for number in range(14)], pa.binary(8)))
     rows = rows.append_column(pa.field("reason", pa.string(), nullable=False), pa.array([""] * 14))
     for block in range(2):
-        draft.put(f"rows/{block:06d}.parquet", to_parquet(rows.slice(7 * block, 7)))
+        draft.put(f"rows/{block:06d}.parquet", ledger_bytes(rows.slice(7 * block, 7)))
     features = draft.commit(counts={"images": 14})
 
     draft = begin("curated/pool@1", raw=raw, features=features)

@@ -23,7 +23,7 @@ from heliostat.curation.ledger import (
 from heliostat.curation.ledger_facts import LedgerFacts, RetrievedBy, hex_to_ids, ids_to_hex
 from heliostat.curation.ledger_keys import hash_strings
 from heliostat.curation.ledger_read import open_ledger
-from heliostat.curation.ledger_write import TableRows, to_parquet, write_ledger
+from heliostat.curation.ledger_write import TableRows, ledger_bytes, write_ledger
 from heliostat.curation.report import render_funnel
 from heliostat.curation.tasks import run_serially
 from heliostat.errors import DataError
@@ -288,12 +288,12 @@ def test_a_row_that_vanishes_or_changes_its_mind_fails_the_funnel(tmp_path):
     files = LocalStore(tmp_path)
     write_ledger(files, TableRows((table,)), facts, decisions)
     whole = pq.read_table(tmp_path / "ledger" / "000000.parquet")
-    files.put("ledger/000000.parquet", to_parquet(whole.filter(pa.compute.not_equal(whole["stage"], "copies"))))
+    files.put("ledger/000000.parquet", ledger_bytes(whole.filter(pa.compute.not_equal(whole["stage"], "copies"))))
     with pytest.raises(DataError, match="unaccounted for"):
         open_ledger(files).funnel()
     position = whole.schema.get_field_index("stage")
     unheard = pa.array(["unheard" if stage else None for stage in whole["stage"].to_pylist()])
-    files.put("ledger/000000.parquet", to_parquet(whole.set_column(position, whole.schema.field("stage"), unheard)))
+    files.put("ledger/000000.parquet", ledger_bytes(whole.set_column(position, whole.schema.field("stage"), unheard)))
     with pytest.raises(DataError, match="'unheard', which the ledger does not list"):
         open_ledger(files).funnel()
 

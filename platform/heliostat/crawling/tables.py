@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 
 from heliostat.data.shard_image import storable_text
 from heliostat.errors import DataError
-from heliostat.storage import Store
+from heliostat.storage import Store, from_parquet, to_parquet
 
 URLS_SCHEMA = pa.schema(
     [
@@ -86,15 +86,13 @@ def text_table(rows: Iterable[Sequence[object]], schema: pa.Schema) -> pa.Table:
 
 def table_to_bytes(table: pa.Table) -> bytes:
     """A table as Parquet; the same table gives the same bytes."""
-    sink = io.BytesIO()
-    pq.write_table(table.combine_chunks(), sink, compression="zstd")
-    return sink.getvalue()
+    return to_parquet(table.combine_chunks())
 
 
 def read_table(store: Store, key: str, schema: pa.Schema) -> pa.Table:
     """Read one of these tables. DataError when it is not Parquet with the columns of `schema`."""
     try:
-        return pq.read_table(pa.BufferReader(store.read(key)), columns=schema.names).cast(schema)
+        return from_parquet(store.read(key), schema.names).cast(schema)
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         detail = " ".join(str(error).split())[:200]
         raise DataError(f"{store.uri}/{key} is not one of this crawl's tables: {detail}; remove it and run again") from error
@@ -106,7 +104,7 @@ class TableWriter:
     def __init__(self, schema: pa.Schema) -> None:
         self._schema = schema
         self._sink = io.BytesIO()
-        self._writer = pq.ParquetWriter(self._sink, schema, compression="zstd")
+        self._writer = pq.ParquetWriter(self._sink, schema, compression="zstd", write_page_checksum=True)
         self.num_rows = 0
 
     def add(self, table: pa.Table) -> None:

@@ -3,19 +3,17 @@
 Rows are those of the pool, 2^22 a file; a column is an array with one value a row, -1 for "none" where it holds row numbers.
 """
 
-import io
 import itertools
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from heliostat.curation.ledger import Decisions, StageCount
 from heliostat.errors import DataError
-from heliostat.storage import Store
+from heliostat.storage import Store, read_parquet, to_parquet
 
 # Shapes: N rows of the pool.
 
@@ -73,17 +71,18 @@ class CopiesRows:
         keys = []
         for number, (start, stop) in enumerate(itertools.pairwise(bounds)):
             table = pa.table({one.name: pa.array(getattr(self, one.name)[start:stop]) for one in fields(self)})
-            sink = io.BytesIO()
-            pq.write_table(table, sink, compression="zstd")
             keys.append(f"{ROWS_PREFIX}{number:06d}.parquet")
-            files.put(keys[-1], sink.getvalue())
+            files.put(keys[-1], to_parquet(table))
         return keys
 
 
 def read_copies_rows(files: Store, num_rows: int) -> CopiesRows:
-    """The arrays that `CopiesRows.write` wrote. Raises DataError when there are not `num_rows` rows."""
+    """The arrays that `CopiesRows.write` wrote. Raises DataError when there are not `num_rows` rows.
+
+    Raises StorageError for a damaged file.
+    """
     keys = [entry.key for entry in files.list(ROWS_PREFIX)]
-    tables = [pq.read_table(io.BytesIO(files.read(key))) for key in keys]
+    tables = [read_parquet(files, key) for key in keys]
     found = sum(table.num_rows for table in tables)
     if found != num_rows:
         raise DataError(f"{files.uri} holds {found} rows, its pool has {num_rows} images; make it again with heliostat dedup")

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from heliostat.curation.config import DedupConfig
@@ -21,7 +22,7 @@ from heliostat.curation.edges import Edges, edge_keys, merge_edge_files, read_ed
 from heliostat.curation.forget_list import ForgetList
 from heliostat.curation.hash_copies import hash_copies
 from heliostat.curation.join import JoinSummary, self_join
-from heliostat.curation.ledger import Decisions, named_reasons, same_reason
+from heliostat.curation.ledger import FORGOTTEN, Decisions, named_reasons, same_reason
 from heliostat.curation.pca_hash import HashColumns
 from heliostat.curation.pool import FeatureFiles, Pool, PoolColumns, check_same_spaces, read_columns
 from heliostat.curation.tasks import TaskMap
@@ -107,14 +108,27 @@ def _settings(inputs: DedupInputs, config: DedupConfig, limits: CopyLimits) -> d
 def _judge_content(inputs: DedupInputs, columns: PoolColumns, config: DedupConfig, decisions: Decisions) -> None:
     """decode, forgotten, nsfw."""
     names = [table.combine_chunks() for _, table in inputs.pool.blocks(["reason"])]
-    decisions.judge(named_reasons("decode", decisions.rows, pa.concat_tables(names)["reason"]))
-    if not inputs.forgotten.is_empty:
-        masks = [inputs.forgotten.matches(None, table["source"]) for _, table in inputs.pool.blocks(["source"])]
-        gone = np.concatenate(masks) | inputs.forgotten.matches(columns.ids, None)
+    reasons = pa.concat_tables(names)["reason"]
+    reasons = pc.if_else(pc.equal(reasons, FORGOTTEN), "", reasons)  # features that `forget` has blanked since
+    decisions.judge(named_reasons("decode", decisions.rows, reasons))
+    gone = forgotten_rows(inputs.pool, columns.ids, inputs.forgotten)
+    if gone.any() or not inputs.forgotten.is_empty:
         decisions.judge(same_reason("forgotten", decisions.rows, gone[decisions.rows], "asked_to_forget"))
     if not np.isnan(columns.nsfw).all():
         above = columns.nsfw[decisions.rows] > config.max_nsfw_score  # NaN is not above
         decisions.judge(same_reason("nsfw", decisions.rows, above, "above_nsfw_threshold"))
+
+
+def forgotten_rows(pool: Pool, ids: NDArray[np.uint8], forgotten: ForgetList) -> NDArray[np.bool_]:
+    """bool (N,): images of the pool that the list knows, or that `forget` has blanked. ids: (N, 32) uint8, theirs."""
+    gone = forgotten.matches(ids, None)
+    names = ["reason"] if forgotten.is_empty else ["reason", "source"]  # names of a billion images are long to read
+    for start, table in pool.blocks(names):
+        here = np.asarray(pc.equal(table["reason"], FORGOTTEN).to_numpy(), np.bool_)
+        gone[start : start + len(here)] |= here
+        if "source" in names:
+            gone[start : start + len(here)] |= forgotten.matches(None, table["source"])
+    return gone
 
 
 def _exact(columns: PoolColumns, decisions: Decisions, found: dict[str, NDArray[Any]]) -> None:

@@ -5,21 +5,19 @@ what was found more than once, and writes one Parquet file for each range of row
 EITHER end, so whatever a task left out among its own pairs could not have stayed, and the result does not depend on the cut.
 """
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from heliostat.curation.products import Pairs, best_of_either, rank_in_runs
 from heliostat.curation.slices import DONE, read_slices, run_missing, write_slices
 from heliostat.curation.tasks import TaskMap
 from heliostat.errors import DataError
-from heliostat.storage import Store
+from heliostat.storage import Store, read_parquet, to_parquet
 
 # Shapes: E edges, P ranges of rows.
 
@@ -71,19 +69,13 @@ NO_EDGES = Edges(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.fl
 def write_edges(store: Store, key: str, edges: Edges) -> None:
     """One Parquet file, atomically; the same edges give the same bytes."""
     table = pa.table([pa.array(column) for column in edges], schema=SCHEMA)
-    sink = io.BytesIO()
     encodings = {"first": "DELTA_BINARY_PACKED", "second": "PLAIN", "similarity": "BYTE_STREAM_SPLIT"}
-    pq.write_table(table, sink, compression="zstd", use_dictionary=False, column_encoding=encodings)
-    store.put(key, sink.getvalue())
+    store.put(key, to_parquet(table, use_dictionary=False, column_encoding=encodings))
 
 
 def read_edges(store: Store, key: str) -> Edges:
-    """What `write_edges` wrote. DataError when the file is damaged or holds something else."""
-    try:
-        table = pq.read_table(pa.BufferReader(store.read(key)))
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{store.uri}/{key} is not a file of edges: {reason}; remove it and run again") from error
+    """What `write_edges` wrote. StorageError when the file is damaged, DataError when it holds something else."""
+    table = read_parquet(store, key, fix="restore it, or remove it and run again")
     if table.schema.remove_metadata() != SCHEMA:
         raise DataError(f"{store.uri}/{key} has columns {table.column_names}, {SCHEMA.names} expected; name another file")
     return Edges(*(table[name].to_numpy() for name in SCHEMA.names))

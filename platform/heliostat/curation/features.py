@@ -4,7 +4,6 @@ The result is one Parquet file per task, one row per manifest row in its order, 
 reason and nulls). A task is a range of manifest rows; it reads its shard by ranges, writes one file, and may be repeated.
 """
 
-import io
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from heliostat.artifacts import describe
@@ -27,7 +25,7 @@ from heliostat.data.decode import ImageRejected, decode
 from heliostat.data.shard_image import image_id
 from heliostat.data.shard_reader import ShardReader, image_runs, read_run
 from heliostat.errors import DataError
-from heliostat.storage import Store
+from heliostat.storage import Store, read_parquet, to_parquet
 
 # Shapes: n images of a batch, D dimension.
 
@@ -125,10 +123,9 @@ class FeatureShard:
         batches = [self._measure(*batch, clock) for batch in self._decoded(found, clock)]
         with clock.part("write"):
             table = _joined(rows, batches)
-            sink, key = io.BytesIO(), f"{self.prefix}{task['index']:06d}.parquet"
-            pq.write_table(table, sink, compression="zstd")
-            self.files.put(key, sink.getvalue())
-            file = describe(sink.getvalue()).model_dump()
+            packed, key = to_parquet(table), f"{self.prefix}{task['index']:06d}.parquet"
+            self.files.put(key, packed)
+            file = describe(packed).model_dump()
         return {"key": key, "file": file, "images": rows.num_rows, "cpu_seconds": clock.seconds}
 
     def _decoded(
@@ -239,11 +236,9 @@ def _piece_key(pieces: str, piece: int) -> str:
 
 def _write_piece(rows: pa.Table, files: Store, key: str, finished: set[str]) -> None:
     if key not in finished:
-        sink = io.BytesIO()
-        pq.write_table(rows, sink, compression="zstd")
-        files.put(key, sink.getvalue())
+        files.put(key, to_parquet(rows))
 
 
 def read_piece(files: Store, pieces: str, piece: int) -> pa.Table:
     """One piece of a manifest that `plan_features` wrote."""
-    return pq.read_table(pa.BufferReader(files.read(_piece_key(pieces, piece))))
+    return read_parquet(files, _piece_key(pieces, piece), fix="remove it and run again")

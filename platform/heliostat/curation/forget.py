@@ -38,7 +38,7 @@ from heliostat.curation.forget_plan import MANIFEST, Change, find_ids, plan_chan
 from heliostat.curation.ledger import LEDGER_INDEX
 from heliostat.data.quarantine import QUARANTINE
 from heliostat.errors import ObjectNotFoundError
-from heliostat.storage import Store
+from heliostat.storage import Store, one_line_if_damaged
 
 __all__ = ["ForgetList", "ForgetReport", "Target", "forget", "parse_target", "read_forget_list"]
 
@@ -222,7 +222,8 @@ def _delete(files: Store, change: Change, moves: Moves) -> None:
 def _rewrite(files: Store, key: str, transform: Callable[..., bytes]) -> None:
     """Write what `transform` makes of a file, if that is something else."""
     data = files.read(key)
-    new = transform(data)
+    with one_line_if_damaged(files, key):
+        new = transform(data)
     if new != data:
         files.put(key, new)
 

@@ -22,12 +22,13 @@ from numpy.typing import NDArray
 from heliostat.curation.forget_list import hosts_of, in_domain
 from heliostat.curation.ledger import FORGOTTEN, LEDGER, LEDGER_SOURCES
 from heliostat.curation.ledger_keys import hash_strings
-from heliostat.curation.ledger_write import to_parquet
+from heliostat.curation.ledger_write import ledger_bytes
 from heliostat.data.parquet_shards import SHARD_SCHEMA, lay_parquet
 from heliostat.data.shard_image import EXTENSION_OF_FORMAT, ShardImage
 from heliostat.data.tar_walk import BLOCK, PLAIN, walk
 from heliostat.data.windows import BytesInMemory
 from heliostat.errors import DataError
+from heliostat.storage import from_parquet
 
 # Shapes: n rows of a table.
 
@@ -145,14 +146,14 @@ class Moves:
 
 def drop_rows(data: bytes, wanted: Wanted, moves: Moves) -> bytes:
     """A manifest or a list of rejections without the rows of the images."""
-    table = pq.read_table(io.BytesIO(data))
+    table = from_parquet(data)
     left = moves.apply(table.filter(pa.array(~wanted.rows(table))))
     return data if left.equals(table) else _written(left)
 
 
 def blank_rows(data: bytes, wanted: Wanted, moves: Moves) -> bytes:
     """A table that keeps its rows, and of the images' rows nothing but the id: what may be null is, texts are empty."""
-    table = pq.read_table(io.BytesIO(data))
+    table = from_parquet(data)
     rows = wanted.rows(table)
     blank = moves.apply(table)
     if rows.any():
@@ -173,12 +174,12 @@ def _blanked(column: pa.ChunkedArray, field: pa.Field, rows: NDArray[np.bool_]) 
 
 
 def _written(table: pa.Table) -> bytes:
-    return to_parquet(table.combine_chunks())
+    return ledger_bytes(table.combine_chunks())
 
 
 def drop_sources(data: bytes, hashes: NDArray[np.uint64]) -> bytes:
     """A file of `ledger_sources/` without the hashes of the sources."""
-    table = pq.read_table(io.BytesIO(data))
+    table = from_parquet(data)
     left = table.filter(pa.array(~np.isin(table["hash"].to_numpy(), hashes)))
     return data if left.num_rows == table.num_rows else _written(left)
 

@@ -28,6 +28,7 @@ from heliostat.data.quarantine import QUARANTINE
 from heliostat.data.shard_reader import is_uri
 from heliostat.data.windows import BytesFile, BytesOfObject
 from heliostat.errors import DataError
+from heliostat.storage import one_line_if_damaged
 
 MANIFEST = "manifest.parquet"
 _KINDS = ("raw", "features", "copies", "curated", "report")
@@ -126,10 +127,12 @@ def _tables(artifact: Artifact, needed: Sequence[str]) -> Iterator[tuple[str, pa
         if num_bytes is None:
             raise DataError(f"{artifact.ref}: {key} is gone; the artifact is damaged, remove it")
         source.num_bytes = num_bytes  # an interrupted run may have written it anew
-        file = pq.ParquetFile(pa.PythonFile(BytesFile(source), mode="r"))
-        columns = [name for name in _LOOKED_AT if name in file.schema_arrow.names]
-        if set(columns) & set(needed):
-            yield key, file.read(columns)
+        with one_line_if_damaged(artifact.files, key):
+            file = pq.ParquetFile(pa.PythonFile(BytesFile(source), mode="r"), page_checksum_verification=True)
+            columns = [name for name in _LOOKED_AT if name in file.schema_arrow.names]
+            table = file.read(columns) if set(columns) & set(needed) else None
+        if table is not None:
+            yield key, table
 
 
 def find_ids(artifacts: ArtifactStore, target: Target, known: Sequence[str]) -> Found:

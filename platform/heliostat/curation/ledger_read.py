@@ -25,7 +25,7 @@ from heliostat.curation.ledger_keys import hash_strings, part_of
 from heliostat.curation.ledger_write import Parts, file_key
 from heliostat.data.windows import BytesFile, BytesOfObject
 from heliostat.errors import DataError, ObjectNotFoundError
-from heliostat.storage import Store
+from heliostat.storage import Store, one_line_if_damaged, read_parquet
 
 _WINDOW_BYTES = 2**16  # of a range read: footers and column chunks are larger, everything between is not worth a request
 _HEX = frozenset("0123456789abcdef")
@@ -87,8 +87,7 @@ class Ledger:
     def rows(self, columns: Sequence[str] | None = None, filters: pc.Expression | None = None) -> Iterator[pa.Table]:
         """All rows, file by file in the order of the ids, those without an image last. filters: an Arrow expression."""
         for key in self.keys:
-            data = pa.BufferReader(self.files.read(key))
-            yield pq.read_table(data, columns=list(columns) if columns is not None else None, filters=filters)
+            yield read_parquet(self.files, key, columns, filters=filters)
 
     @property
     def keys(self) -> list[str]:
@@ -119,14 +118,16 @@ def _read_groups(files: Store, key: str, column: str, low: Any, high: Any) -> pa
     num_bytes = files.size(key)
     if num_bytes is None:
         raise ObjectNotFoundError(f"no object {key} in {files.uri}; the ledger is not complete")
-    file = pq.ParquetFile(pa.PythonFile(BytesFile(BytesOfObject(files, key, num_bytes, _WINDOW_BYTES)), mode="r"))
-    position = file.schema_arrow.get_field_index(column)
-    groups = []
-    for number in range(file.metadata.num_row_groups):
-        known = file.metadata.row_group(number).column(position).statistics
-        if known is None or not known.has_min_max or (known.min <= high and known.max >= low):
-            groups.append(number)
-    return file.read_row_groups(groups)
+    source = pa.PythonFile(BytesFile(BytesOfObject(files, key, num_bytes, _WINDOW_BYTES)), mode="r")
+    with one_line_if_damaged(files, key):
+        file = pq.ParquetFile(source, page_checksum_verification=True)
+        position = file.schema_arrow.get_field_index(column)
+        groups = []
+        for number in range(file.metadata.num_row_groups):
+            known = file.metadata.row_group(number).column(position).statistics
+            if known is None or not known.has_min_max or (known.min <= high and known.max >= low):
+                groups.append(number)
+        return file.read_row_groups(groups)
 
 
 def open_ledger(files: Store) -> Ledger:

@@ -9,7 +9,6 @@ Rows without an image come in files of their own, by the hash of their source. `
 row: pairs (hash of the source, first 64 bits of the id), sorted, 16 bytes a row.
 """
 
-import io
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,6 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from heliostat.artifacts import describe
@@ -39,12 +37,13 @@ from heliostat.curation.ledger_keys import hash_strings, id_heads, part_of
 from heliostat.curation.tasks import TaskMap, run_serially
 from heliostat.curation.vectors import read_array, write_array
 from heliostat.errors import DataError
-from heliostat.storage import Store
+from heliostat.storage import Store, read_parquet, to_parquet
 
 # Shapes: n rows of a task.
 
 ROW_GROUP_ROWS = 2**14  # what a look-up reads: about 4 MB unpacked
 _WORK = "_work/ledger/"
+_AGAIN = "remove it and run again"
 _ORDER = [(name, "ascending") for name in ("id", "source", "shard", "offset", "row")]
 _TASKS_OF_A_KIND = 300_000
 
@@ -96,7 +95,7 @@ class ScatterRows:
         table = pa.concat_tables(
             [self.rows.read(block) for block in range(task["first"], task["last"])], promote_options="default"
         )
-        facts = pq.read_table(pa.BufferReader(self.files.read(task["facts"]))) if task["facts"] else None
+        facts = read_parquet(self.files, task["facts"], fix=_AGAIN) if task["facts"] else None
         table = _normalised(table, facts)
         hashes = hash_strings(table["source"])
         if facts is None:
@@ -105,7 +104,7 @@ class ScatterRows:
             heads = id_heads(hex_to_ids(table["id"]))
             part = part_of(heads, self.parts.ids)
         for number, rows in _groups(part):
-            self.files.put(_piece("rows", number, task["index"], "parquet"), to_parquet(table.take(pa.array(rows))))
+            self.files.put(_piece("rows", number, task["index"], "parquet"), ledger_bytes(table.take(pa.array(rows))))
         pairs = np.stack([hashes, heads, np.full(len(hashes), facts is not None, np.uint64)], axis=1)
         for number, rows in _groups(part_of(hashes, self.parts.sources)):
             write_array(self.files, _piece("sources", number, task["index"], "npy"), pairs[rows])
@@ -146,11 +145,9 @@ def _normalised(table: pa.Table, facts: pa.Table | None) -> pa.Table:
     return pa.table(arrays, schema=SCHEMA)
 
 
-def to_parquet(table: pa.Table) -> bytes:
+def ledger_bytes(table: pa.Table) -> bytes:
     """A file of the ledger; the same rows give the same bytes under one version of pyarrow."""
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", row_group_size=ROW_GROUP_ROWS)
-    return sink.getvalue()
+    return to_parquet(table, row_group_size=ROW_GROUP_ROWS)
 
 
 @dataclass(frozen=True)
@@ -164,7 +161,7 @@ class GatherRows:
         what, number = task["what"], task["number"]
         keys = [entry.key for entry in self.files.list(f"{_WORK}{what}/{number:06d}/")]
         table = self._rows(keys) if what == "rows" else self._sources(keys)
-        data = to_parquet(table)
+        data = ledger_bytes(table)
         self.files.put(file_key(what, number), data)
         counted = {"num_rows": table.num_rows, "file": describe(data).model_dump(), "drops": []}
         if what == "rows":
@@ -174,7 +171,7 @@ class GatherRows:
         return {"number": number}
 
     def _rows(self, keys: Sequence[str]) -> pa.Table:
-        tables = [pq.read_table(pa.BufferReader(self.files.read(key))) for key in keys]
+        tables = [read_parquet(self.files, key, fix=_AGAIN) for key in keys]
         return pa.concat_tables(tables).combine_chunks().sort_by(_ORDER) if tables else SCHEMA.empty_table()
 
     def _sources(self, keys: Sequence[str]) -> pa.Table:
@@ -270,7 +267,7 @@ def _lay_facts(
     """Write each task's part of the facts and name it in the task."""
     for task in tasks:
         task["facts"] = f"{_WORK}facts/{task['index']:06d}.parquet"
-        files.put(task["facts"], to_parquet(facts.table(decisions, starts[task["first"]], starts[task["last"]])))
+        files.put(task["facts"], ledger_bytes(facts.table(decisions, starts[task["first"]], starts[task["last"]])))
 
 
 def _gather(files: Store, what: str, count: int, run_tasks: TaskMap) -> list[dict[str, Any]]:

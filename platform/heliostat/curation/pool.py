@@ -3,7 +3,6 @@
 Vectors, names and boxes stay in the files. What decisions need of every image is held in arrays of about 90 bytes an image.
 """
 
-import io
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from heliostat.config import StrictModel
 from heliostat.curation.pca_hash import HashColumns
 from heliostat.curation.vectors import JoinedVectors, StoredVectors, Vectors
 from heliostat.errors import DataError
-from heliostat.storage import Store
+from heliostat.storage import Store, one_line_if_damaged, read_parquet
 
 # Shapes: N rows of the pool.
 
@@ -84,8 +83,14 @@ class FeatureFiles:
         return StoredVectors(self.files, self.keys, self.info.starts, column, space.dimension, masks)
 
     def read(self, block: int, columns: Sequence[str]) -> pa.Table:
-        """Columns of one block."""
-        return pq.read_table(io.BytesIO(self.files.read(self.keys[block])), columns=list(columns))
+        """Columns of one block. Raises StorageError for a damaged file."""
+        return read_parquet(self.files, self.keys[block], columns)
+
+    def columns_of(self, block: int) -> list[str]:
+        """The columns that a block has. Raises StorageError for a damaged file."""
+        data = self.files.read(self.keys[block])
+        with one_line_if_damaged(self.files, self.keys[block]):
+            return list(pq.read_schema(pa.BufferReader(data)).names)
 
 
 @dataclass(frozen=True)

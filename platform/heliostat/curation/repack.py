@@ -4,7 +4,6 @@ The plan lists the kept images in pool order, cut into shards, as Parquet pieces
 ranges, neighbours in one request, and writes one shard and then its manifest rows.
 """
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from heliostat.artifacts import describe
@@ -26,7 +24,7 @@ from heliostat.data.shard_image import EXTENSION_OF_FORMAT, IMAGE_EXTENSIONS, im
 from heliostat.data.shard_reader import ShardReader
 from heliostat.data.shards import ShardImage, make_shard_image, manifest_rows, write_shard
 from heliostat.errors import DataError
-from heliostat.storage import Store
+from heliostat.storage import Store, read_parquet, to_parquet
 
 _PLAN = pa.schema(
     [
@@ -96,9 +94,7 @@ class RepackPlan:
             start = end
         key = f"{self._prefix}{self._piece:06d}.parquet"
         if key not in self._finished:
-            sink = io.BytesIO()
-            pq.write_table(table.slice(0, start), sink, compression="zstd")
-            self._files.put(key, sink.getvalue())
+            self._files.put(key, to_parquet(table.slice(0, start)))
         self._piece += 1
         self._waiting = [table.slice(start)] if start < table.num_rows else []
 
@@ -130,7 +126,7 @@ class RepackShard:
 
     def __call__(self, task: Mapping[str, Any]) -> Mapping[str, Any]:
         """task: index, piece, start, stop. Raises DataError when bytes are not those that the manifest was made of."""
-        plan = pq.read_table(io.BytesIO(self.files.read(f"{self.plan}{task['piece']:06d}.parquet")))
+        plan = read_parquet(self.files, f"{self.plan}{task['piece']:06d}.parquet", fix="remove it and run again")
         wanted = plan.slice(task["start"], task["stop"] - task["start"]).to_pylist()
         images, num_blurred = list[ShardImage](), 0
         for row, data in _read(self.raws, wanted):

@@ -43,7 +43,7 @@ def explain(ledger: Ledger, id_or_source: str) -> list[str]:
 
 def tell(row: Row, settings: Settings, *, twin: str = "") -> list[str]:
     """Sentences about one row of a ledger. settings: `Ledger.settings`. twin: the file of the same bytes that went on."""
-    if row["decision"] == FORGOTTEN:
+    if row["decision"] == FORGOTTEN or (row["reason"] == "asked_to_forget" and not row["source"]):
         return [f"Image {_short(row['id'])} was forgotten: somebody asked for it, and nothing but its id is left."]
     story = [_opening(row)]
     story += _evidence(row)

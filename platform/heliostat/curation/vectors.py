@@ -13,11 +13,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from heliostat.errors import DataError
-from heliostat.storage import Store
+from heliostat.storage import Store, read_parquet
 
 # Shapes: N rows of the pool, n rows of a block, D dimension.
 
@@ -100,8 +99,8 @@ class StoredVectors:
         return len(self.keys)
 
     def read(self, block: int) -> Block:
-        """One block. Raises DataError when the file has other rows or another width than it should."""
-        table = pq.read_table(pa.BufferReader(self.files.read(self.keys[block])), columns=[self.column])
+        """One block. Raises StorageError for a damaged file, DataError for one of other rows or another width."""
+        table = read_parquet(self.files, self.keys[block], [self.column])
         start, stop = self.starts[block : block + 2]
         if table.num_rows != stop - start:
             raise DataError(f"{self.keys[block]} has {table.num_rows} rows, {stop - start} expected; make its artifact again")

@@ -1,15 +1,14 @@
 """The manifest: the table of all images of an artifact, one row an image, and where its bytes lie."""
 
-import io
 from collections.abc import Sequence
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from heliostat.data.decode import ImageRejected, probe
 from heliostat.data.quarantine import Rejection
 from heliostat.data.shard_image import ShardEntry, ShardImage, storable_text
-from heliostat.errors import DataError
+from heliostat.errors import DataError, StorageError
+from heliostat.storage import RESTORE, Store, from_parquet, to_parquet
 
 MANIFEST_SCHEMA = pa.schema(
     [
@@ -69,18 +68,24 @@ class ManifestBuilder:
 
 def manifest_to_bytes(table: pa.Table) -> bytes:
     """A manifest as Parquet. DataError when its columns are not MANIFEST_SCHEMA's."""
-    sink = io.BytesIO()
-    pq.write_table(_checked(table, "manifest"), sink, compression="zstd")
-    return sink.getvalue()
+    return to_parquet(_checked(table, "manifest"))
 
 
 def manifest_from_bytes(data: bytes) -> pa.Table:
     """Read a manifest. DataError when it is not Parquet or its columns are not MANIFEST_SCHEMA's."""
     try:
-        table = pq.read_table(pa.BufferReader(data))
+        table = from_parquet(data)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"manifest is not readable Parquet: {' '.join(str(error).split())}") from error
     return _checked(table, "manifest")
+
+
+def read_manifest(files: Store, key: str = "manifest.parquet") -> pa.Table:
+    """The manifest of an artifact. Raises StorageError, which names the object, where it is damaged."""
+    try:
+        return manifest_from_bytes(files.read(key))
+    except DataError as error:
+        raise StorageError(f"{files.uri}/{key} is damaged ({error}); {RESTORE}") from error
 
 
 def join_manifests(tables: Sequence[pa.Table]) -> pa.Table:

@@ -1,13 +1,12 @@
 """The side manifest of what was turned away: every bad image or shard member with its reason, never a silent loss."""
 
-import io
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from heliostat.errors import DataError
+from heliostat.storage import from_parquet, to_parquet
 
 QUARANTINE = "quarantine.parquet"
 QUARANTINE_SCHEMA = pa.schema(
@@ -45,16 +44,14 @@ class Rejection:
 
 def quarantine_to_bytes(rejections: Iterable[Rejection]) -> bytes:
     """The rejections as Parquet, sorted and each once: the same set gives the same bytes."""
-    sink = io.BytesIO()
     rows = [asdict(rejection) for rejection in sorted(set(rejections))]
-    pq.write_table(pa.Table.from_pylist(rows, schema=QUARANTINE_SCHEMA), sink, compression="zstd")
-    return sink.getvalue()
+    return to_parquet(pa.Table.from_pylist(rows, schema=QUARANTINE_SCHEMA))
 
 
 def quarantine_from_bytes(data: bytes) -> list[Rejection]:
     """Read a side manifest. Raises DataError when it is not Parquet of QUARANTINE_SCHEMA."""
     try:
-        table = pq.read_table(io.BytesIO(data)).cast(QUARANTINE_SCHEMA)
+        table = from_parquet(data).cast(QUARANTINE_SCHEMA)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{QUARANTINE} cannot be read: {' '.join(str(error).split())}") from error
     return [Rejection(**row) for row in table.to_pylist()]

@@ -129,6 +129,8 @@ def _reader(pool: Pool, raws: tuple[Artifact, ...]) -> Callable[[int], bytes | N
 def _read_row(features: FeatureFiles, raw: Artifact, row: int) -> bytes | None:
     block = int(np.searchsorted(features.info.starts, row, side="right")) - 1
     place = _places(features, block).slice(row - features.info.starts[block], 1).to_pylist()[0]
+    if not place["shard"]:  # it was forgotten
+        return None
     try:
         return ShardReader(raw.files)(place["shard"], place["offset"], place["length"])
     except ObjectNotFoundError:

@@ -1,13 +1,11 @@
 """The rows of a ledger: the images of a pool with what the crawl knew of each, and the URLs and files that never became one."""
 
-import io
 import re
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from heliostat.artifacts import Artifact
 from heliostat.crawling.reasons import OK
@@ -17,7 +15,7 @@ from heliostat.curation.ledger_write import TableRows
 from heliostat.curation.pool import Pool
 from heliostat.data.quarantine import QUARANTINE
 from heliostat.errors import DataError
-from heliostat.storage import Store
+from heliostat.storage import Store, read_parquet
 
 CRAWL = "crawl"
 """Where links, plan and fetch log of a crawl lie in its raw artifact."""
@@ -42,9 +40,8 @@ class PoolRows:
         """One block, without its vectors."""
         for member, log in zip(self.pool.members, self.logs, strict=True):
             if block < len(member.keys):
-                file = pq.ParquetFile(io.BytesIO(member.files.read(member.keys[block])))
-                wanted = [name for name in file.schema_arrow.names if name in SCHEMA.names or name == "faces"]
-                rows = file.read([name for name in wanted if name != "reason"])
+                wanted = [name for name in member.columns_of(block) if name in SCHEMA.names or name == "faces"]
+                rows = member.read(block, [name for name in wanted if name != "reason"])
                 return rows if log is None else _with_evidence(rows, log)
             block -= len(member.keys)
         raise IndexError(block)
@@ -109,7 +106,7 @@ def _failed_urls(crawl: Store, key: str) -> pa.Table:
 
 def _turned_away(raw: Artifact, pool: Pool, number: int) -> pa.Table:
     """Rows of the quarantine that are not images of the manifest too (those are packed, and fail to decode)."""
-    table = pq.read_table(io.BytesIO(raw.files.read(QUARANTINE)))
+    table = read_parquet(raw.files, QUARANTINE)
     packed = _unreadable_places(pool, number)
     keys = list(zip(table["shard"].to_pylist(), table["offset"].to_pylist(), strict=True))
     outside = table.filter(pa.array([key not in packed for key in keys], pa.bool_()))

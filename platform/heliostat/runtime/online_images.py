@@ -18,13 +18,12 @@ from heliostat.artifacts import Artifact, ArtifactRef
 from heliostat.data.config import DecodeConfig
 from heliostat.data.decode import ImageRejected, decode
 from heliostat.data.image_source import ImageSource, Reader
-from heliostat.data.manifest import manifest_from_bytes
+from heliostat.data.manifest import read_manifest
 from heliostat.data.shard_reader import ShardReader
 from heliostat.errors import DataError
 from heliostat.evaluation.features import centre_crop
 from heliostat.evaluation.online import PICTURE_PATCHES, LabelledCrops, OnlineImages, Pixels, scored_half
 from heliostat.runtime.pipelines import Context
-from heliostat.runtime.stage_ingest import MANIFEST
 from heliostat.runtime.training_data import readable_rows
 from heliostat.training.recipe import TrainingConfig
 
@@ -159,7 +158,7 @@ def _draw_labelled(artifact: Artifact, count: int, reader: int) -> tuple[tuple[D
 
     Of more classes than leave `_PER_CLASS` images to each, those are taken whose names have the smallest hashes.
     """
-    manifest = manifest_from_bytes(artifact.files.read(MANIFEST))
+    manifest = read_manifest(artifact.files)
     manifest = manifest.filter(pc.greater(manifest["width"], 0)).sort_by("id")
     labels = manifest["label"].to_pylist()
     missing = sum(label is None for label in labels)

@@ -18,10 +18,9 @@ from heliostat.curation.ledger_read import open_ledger
 from heliostat.curation.pool_facts import read_edges_above, read_pool_facts
 from heliostat.curation.story import explain
 from heliostat.curation.what_if import parse_overrides, sweep_lines, what_if
-from heliostat.data.manifest import manifest_from_bytes
+from heliostat.data.manifest import read_manifest
 from heliostat.errors import ArtifactNotFoundError, DataError, UsageError
 from heliostat.runtime.ledger_rows import CRAWL
-from heliostat.runtime.stage_ingest import MANIFEST
 
 
 def curations(artifacts: ArtifactStore, name: str) -> list[Artifact]:
@@ -76,7 +75,7 @@ def _joined_as_it_is(curated: Artifact, image: str) -> list[str]:
     """What the manifest says about an image that came with a curated set and never was in the pool."""
     if not any(role.startswith("set_") for role in curated.record.inputs):
         return []
-    manifest = manifest_from_bytes(curated.files.read(MANIFEST))
+    manifest = read_manifest(curated.files)
     by_id = pc.starts_with(manifest["id"], image) if len(image) >= MIN_ID_PREFIX else pa.scalar(False)
     hits = manifest.filter(pc.or_(pc.equal(manifest["source"], image), by_id))
     sets = ", ".join(role.removeprefix("set_") for role in curated.record.inputs if role.startswith("set_"))

@@ -1,5 +1,6 @@
 """curate: copies -> a relevant, balanced training set with original bytes, a ledger, contact sheets and a report."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -8,14 +9,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from heliostat.artifacts import WORK, Artifact, ArtifactRef, Draft, FileRecord
+from heliostat.artifacts import DRAFT, WORK, Artifact, ArtifactRef, Draft, FileRecord
 from heliostat.curation.copies_rows import CopiesRows
 from heliostat.curation.curate import Curation, curate
+from heliostat.curation.dedup import forgotten_rows
 from heliostat.curation.features_config import FaceBlurConfig
+from heliostat.curation.forget_list import read_forget_list
+from heliostat.curation.ledger import Decisions, same_reason
 from heliostat.curation.ledger_facts import LedgerFacts
 from heliostat.curation.pool import FeatureFiles, PoolColumns, id_bytes, read_columns
 from heliostat.curation.repack import PLAN_COLUMNS, RepackPlan, RepackShard, ShardSize, first_seen, has_faces_to_blur
-from heliostat.data.manifest import MANIFEST_SCHEMA, join_manifests, manifest_from_bytes, manifest_to_bytes
+from heliostat.data.manifest import MANIFEST_SCHEMA, join_manifests, manifest_to_bytes, read_manifest
 from heliostat.errors import DataError
 from heliostat.runtime.curation_review import write_review
 from heliostat.runtime.pipelines import Context, Summary, config_of, make
@@ -63,21 +67,23 @@ def run_curate(context: Context, config: CurateStage) -> Artifact:
         times = StepTimes()
         run_tasks = RayTasks(context.progress, times)
         opened = open_copies(context, copies)
+        rows = opened.rows
+        decisions = opened.decisions(rows)
+        with times.step("reading the pool", images=opened.pool.num_rows):
+            columns = read_columns(opened.pool)
+        _leave_out_forgotten(context, draft, opened, columns, decisions)
         sets = {name: open_features(inputs[f"set_{name}"]) for name in names}
         raws = {name: context.load(ArtifactRef.parse(inputs[f"set_{name}"].record.inputs["raw"])) for name in names}
-        rows = opened.rows
         with times.step("retrieval and balance", images=opened.pool.num_rows):
             result = curate(
                 opened.pool,
-                opened.decisions(rows),
+                decisions,
                 sets,
                 config,
                 work=draft.files.child(f"{WORK}curate"),
                 run=run_tasks,
                 seed=_SEED,
             )
-        with times.step("reading the pool", images=opened.pool.num_rows):
-            columns = read_columns(opened.pool)
         facts = _facts(opened, rows, columns, result, faces=config.faces)
         curated = Curated(opened, rows, columns, sets, raws, result, facts, MANIFEST_SCHEMA.empty_table())
         curated = replace(curated, manifest=_repack(config, draft, curated, run_tasks))
@@ -88,6 +94,23 @@ def run_curate(context: Context, config: CurateStage) -> Artifact:
         return Summary({"images": curated.manifest.num_rows, "images_in": rows_in})
 
     return make(context, recipe.ref("curated"), stage="curate", config=settings, inputs=inputs, work=work)
+
+
+def _leave_out_forgotten(
+    context: Context, draft: Draft, copies: CopiesArtifact, columns: PoolColumns, decisions: Decisions
+) -> None:
+    """Drop what was forgotten since the dedup. What an earlier attempt did before a request to forget is done again."""
+    gone = forgotten_rows(copies.pool, columns.ids, read_forget_list(context.artifacts.store))
+    since = np.flatnonzero(gone & (decisions.cause == 0))
+    mark = hashlib.sha256(since.tobytes()).hexdigest() if len(since) else ""
+    if draft.resumed and draft.state.get("forgotten", "") != mark:
+        context.progress.say("  images were forgotten meanwhile: this curation starts again")
+        for entry in list(draft.files.list()):
+            if entry.key != DRAFT:
+                draft.files.delete(entry.key)
+    draft.remember(forgotten=mark)
+    if len(since):
+        decisions.judge(same_reason("forgotten_since", decisions.rows, gone[decisions.rows], "asked_to_forget"))
 
 
 def _facts(
@@ -170,7 +193,7 @@ def _repack(config: CurateStage, draft: Draft, curated: Curated, run_tasks: RayT
     function = RepackShard(raws, draft.files, _PLAN, _ROWS, config.faces if config.faces.enabled else None)
     for result in run_tasks(function, waiting, label="packing the kept"):
         draft.note(result["key"], FileRecord(**result["file"]))
-    tables = [manifest_from_bytes(draft.files.read(f"{_ROWS}{task['index']:06d}.parquet")) for task in tasks]
+    tables = [read_manifest(draft.files, f"{_ROWS}{task['index']:06d}.parquet") for task in tasks]
     manifest = join_manifests(tables)
     draft.put(MANIFEST, manifest_to_bytes(manifest))
     return manifest

@@ -12,12 +12,11 @@ from heliostat.curation.features import LEAST_SIDE_PIXELS, FeatureShard, Instrum
 from heliostat.curation.open_embedder import OpenEmbedderConfig, open_embedder
 from heliostat.curation.pca_hash import PcaHash
 from heliostat.curation.pool import FEATURES_JSON, ROWS, FeatureFiles, FeaturesInfo, VectorSpace
-from heliostat.data.manifest import manifest_from_bytes
+from heliostat.data.manifest import read_manifest
 from heliostat.runtime.pipelines import Context, Summary, config_of, make
 from heliostat.runtime.recipe import EmbedStage
 from heliostat.runtime.relay import Gauges
 from heliostat.runtime.shards import RayTasks
-from heliostat.runtime.stage_ingest import MANIFEST
 from heliostat.runtime.step_times import TIMES, StepTimes
 from heliostat.runtime.weight_names import names_artifact
 from heliostat.storage import Store
@@ -75,7 +74,7 @@ def _embed_one(context: Context, config: EmbedStage, suffix: str, raw: Artifact)
     def work(draft: Draft, run: Run) -> Summary:
         times = StepTimes()
         with times.step("plan"):
-            manifest = manifest_from_bytes(raw.files.read(MANIFEST))
+            manifest = read_manifest(raw.files)
             tasks = plan_features(manifest, draft.files, _PIECES, max_images=config.images_per_task)
         starts = [0]
         for task in tasks:

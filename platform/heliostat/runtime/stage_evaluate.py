@@ -8,7 +8,7 @@ from typing import Any
 from heliostat.artifacts import Artifact, ArtifactRef, Draft
 from heliostat.data.config import DecodeConfig
 from heliostat.data.decode import ImageRejected, decode
-from heliostat.data.manifest import manifest_from_bytes
+from heliostat.data.manifest import read_manifest
 from heliostat.data.shard_reader import ShardReader, image_runs, read_run
 from heliostat.errors import ConfigError, DataError
 from heliostat.evaluation.config import EvaluateConfig
@@ -32,7 +32,6 @@ from heliostat.models.stored import HISTORY, read_backbone
 from heliostat.runtime.curation_review import FUNNEL, STATISTICS
 from heliostat.runtime.pipelines import Context, Summary, config_of, make
 from heliostat.runtime.planted import OURS, PLANTED
-from heliostat.runtime.stage_ingest import MANIFEST
 from heliostat.runtime.sweep_trials import read_trials, trial_candidates
 from heliostat.tracking import Run
 
@@ -40,7 +39,7 @@ from heliostat.tracking import Run
 def read_images(artifact: Artifact) -> tuple[list[Pixels], list[str | None]]:
     """Every image of an artifact, decoded, with its label. Raises DataError when one does not decode."""
     images, labels = [], []
-    read, manifest = ShardReader(artifact.files), manifest_from_bytes(artifact.files.read(MANIFEST))
+    read, manifest = ShardReader(artifact.files), read_manifest(artifact.files)
     for run in image_runs(manifest):
         rows = manifest.slice(run.start, len(run)).to_pylist()
         found = read_run(read, rows[0]["shard"], [(row["offset"], row["length"]) for row in rows])
@@ -125,7 +124,7 @@ def _judge(inputs: dict[str, Artifact], config: EvaluateConfig) -> Judge:
 
 
 def _ids(artifact: Artifact) -> list[str]:
-    ids: list[str] = manifest_from_bytes(artifact.files.read(MANIFEST))["id"].to_pylist()
+    ids: list[str] = read_manifest(artifact.files)["id"].to_pylist()
     return ids
 
 

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from heliostat.artifacts import WORK, Artifact, Draft, FileRecord, describe
 from heliostat.curation.forget_list import read_forget_list
 from heliostat.data import photograph_pool, photographs
-from heliostat.data.manifest import join_manifests, manifest_from_bytes, manifest_to_bytes
+from heliostat.data.manifest import join_manifests, manifest_to_bytes, read_manifest
 from heliostat.data.packing import Packed, Packing, group_files, index_in_place, pack_container, pack_files, reasons
 from heliostat.data.quarantine import QUARANTINE, Rejection, quarantine_from_bytes, quarantine_to_bytes
 from heliostat.data.sources import Source, SourceFile, open_source
@@ -121,7 +121,7 @@ def assemble(draft: Draft, num_tasks: int, rejected: Sequence[Rejection] = ()) -
     Raises DataError when what came in is not what is there.
     """
     tasks = range(num_tasks)
-    manifest = join_manifests([manifest_from_bytes(draft.files.read(rows_key(index))) for index in tasks])
+    manifest = join_manifests([read_manifest(draft.files, rows_key(index)) for index in tasks])
     rejections = list(rejected)
     total = Account(num_in=len(rejections), num_rejected=len(rejections))
     for index in tasks:

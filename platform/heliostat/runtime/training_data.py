@@ -10,12 +10,11 @@ import pyarrow.compute as pc
 from heliostat.artifacts import Artifact, ArtifactRef
 from heliostat.data.image_source import ImageSource
 from heliostat.data.image_table import image_table
-from heliostat.data.manifest import manifest_from_bytes
+from heliostat.data.manifest import read_manifest
 from heliostat.data.quarantine import Rejection
 from heliostat.data.shard_reader import ShardReader
 from heliostat.errors import DataError
 from heliostat.runtime.pipelines import Context
-from heliostat.runtime.stage_ingest import MANIFEST
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class TrainingData:
         wanted = pa.array([rejection.id for rejection in rejections], pa.string())
         sources: dict[str, str] = {}
         for one in self.artifacts if rejections else ():
-            manifest = manifest_from_bytes(one.files.read(MANIFEST))
+            manifest = read_manifest(one.files)
             rows = manifest.filter(pc.is_in(manifest["id"], value_set=wanted))
             sources |= dict(zip(rows["id"].to_pylist(), rows["source"].to_pylist(), strict=True))
         return [replace(rejection, source=sources[rejection.id]) for rejection in rejections]
@@ -64,7 +63,7 @@ def training_data(context: Context, data: str | Mapping[str, float]) -> Training
 
 def readable_rows(images: Artifact) -> pa.Table:
     """The manifest without the files whose header could not be read. Raises DataError when nothing is left."""
-    manifest = manifest_from_bytes(images.files.read(MANIFEST))
+    manifest = read_manifest(images.files)
     rows = manifest.filter(pc.greater(manifest["width"], 0))
     if rows.num_rows == 0:
         raise DataError(f"{images.ref} holds no readable image; look at its manifest")

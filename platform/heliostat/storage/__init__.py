@@ -6,6 +6,7 @@
     bucket.py       what a bucket can be asked, one request each
     boto.py         the same of a real one; the only file that knows boto3
     small_files.py  JSON objects that may be damaged
+    parquet.py      tables that may be damaged
     statistics.py   counts of requests, retries and bytes
 
 Every write is atomic: a reader sees the old object, the new object, or nothing.
@@ -17,12 +18,14 @@ from pathlib import Path
 
 from heliostat.errors import UsageError
 from heliostat.storage.local import LocalStore
+from heliostat.storage.parquet import RESTORE, from_parquet, one_line_if_damaged, read_parquet, to_parquet
 from heliostat.storage.s3 import S3Limits, S3Store
 from heliostat.storage.small_files import read_json
 from heliostat.storage.statistics import StorageStatistics, storage_statistics
 from heliostat.storage.store import ObjectInfo, Store, check_key
 
 __all__ = [
+    "RESTORE",
     "LocalStore",
     "ObjectInfo",
     "S3Limits",
@@ -31,9 +34,13 @@ __all__ = [
     "Store",
     "check_key",
     "check_writable",
+    "from_parquet",
+    "one_line_if_damaged",
     "open_store",
     "read_json",
+    "read_parquet",
     "storage_statistics",
+    "to_parquet",
 ]
 
 
