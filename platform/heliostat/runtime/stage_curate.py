@@ -1,6 +1,5 @@
 """curate: copies -> a relevant, balanced training set with original bytes, a ledger, contact sheets and a report."""
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -9,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from heliostat.artifacts import DRAFT, WORK, Artifact, ArtifactRef, Draft, FileRecord
+from heliostat.artifacts import WORK, Artifact, ArtifactRef, Draft, FileRecord
 from heliostat.curation.copies_rows import CopiesRows
 from heliostat.curation.curate import Curation, curate
 from heliostat.curation.dedup import forgotten_rows
@@ -25,6 +24,7 @@ from heliostat.runtime.curation_review import write_review
 from heliostat.runtime.pipelines import Context, Summary, config_of, make
 from heliostat.runtime.recipe import CurateStage
 from heliostat.runtime.relay import Gauges
+from heliostat.runtime.revised_inputs import start_again_if_revised
 from heliostat.runtime.shards import RayTasks
 from heliostat.runtime.stage_dedup import CopiesArtifact, features_of_set, open_copies
 from heliostat.runtime.stage_embed import open_features
@@ -67,11 +67,12 @@ def run_curate(context: Context, config: CurateStage) -> Artifact:
         times = StepTimes()
         run_tasks = RayTasks(context.progress, times)
         opened = open_copies(context, copies)
+        start_again_if_revised(context, draft, [*opened.features, *inputs.values()])
         rows = opened.rows
         decisions = opened.decisions(rows)
         with times.step("reading the pool", images=opened.pool.num_rows):
             columns = read_columns(opened.pool)
-        _leave_out_forgotten(context, draft, opened, columns, decisions)
+        _leave_out_forgotten(context, opened, columns, decisions)
         sets = {name: open_features(inputs[f"set_{name}"]) for name in names}
         raws = {name: context.load(ArtifactRef.parse(inputs[f"set_{name}"].record.inputs["raw"])) for name in names}
         with times.step("retrieval and balance", images=opened.pool.num_rows):
@@ -96,20 +97,10 @@ def run_curate(context: Context, config: CurateStage) -> Artifact:
     return make(context, recipe.ref("curated"), stage="curate", config=settings, inputs=inputs, work=work)
 
 
-def _leave_out_forgotten(
-    context: Context, draft: Draft, copies: CopiesArtifact, columns: PoolColumns, decisions: Decisions
-) -> None:
-    """Drop what was forgotten since the dedup. What an earlier attempt did before a request to forget is done again."""
+def _leave_out_forgotten(context: Context, copies: CopiesArtifact, columns: PoolColumns, decisions: Decisions) -> None:
+    """Drop what was forgotten since the dedup."""
     gone = forgotten_rows(copies.pool, columns.ids, read_forget_list(context.artifacts.store))
-    since = np.flatnonzero(gone & (decisions.cause == 0))
-    mark = hashlib.sha256(since.tobytes()).hexdigest() if len(since) else ""
-    if draft.resumed and draft.state.get("forgotten", "") != mark:
-        context.progress.say("  images were forgotten meanwhile: this curation starts again")
-        for entry in list(draft.files.list()):
-            if entry.key != DRAFT:
-                draft.files.delete(entry.key)
-    draft.remember(forgotten=mark)
-    if len(since):
+    if gone[decisions.rows].any():
         decisions.judge(same_reason("forgotten_since", decisions.rows, gone[decisions.rows], "asked_to_forget"))
 
 

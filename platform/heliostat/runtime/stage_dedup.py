@@ -13,6 +13,7 @@ from heliostat.curation.pool import FeatureFiles, Pool
 from heliostat.errors import UsageError
 from heliostat.runtime.pipelines import Context, Summary, config_of, make
 from heliostat.runtime.recipe import DedupStage
+from heliostat.runtime.revised_inputs import start_again_if_revised
 from heliostat.runtime.shards import RayTasks
 from heliostat.runtime.stage_embed import open_features
 from heliostat.runtime.step_times import TIMES, StepTimes
@@ -93,6 +94,7 @@ def run_dedup(context: Context, config: DedupStage) -> Artifact:
         times = StepTimes()
         run_tasks = RayTasks(context.progress, times)
         earlier = open_copies(context, inputs["previous"]) if config.previous else None
+        start_again_if_revised(context, draft, [*(earlier.features if earlier else ()), *inputs.values()])
         own = open_features(features)
         members = (*(earlier.pool.members if earlier else ()), own)
         given = DedupInputs(

@@ -16,6 +16,7 @@ from heliostat.data.manifest import read_manifest
 from heliostat.runtime.pipelines import Context, Summary, config_of, make
 from heliostat.runtime.recipe import EmbedStage
 from heliostat.runtime.relay import Gauges
+from heliostat.runtime.revised_inputs import start_again_if_revised
 from heliostat.runtime.shards import RayTasks
 from heliostat.runtime.step_times import TIMES, StepTimes
 from heliostat.runtime.weight_names import names_artifact
@@ -73,6 +74,7 @@ def _embed_one(context: Context, config: EmbedStage, suffix: str, raw: Artifact)
 
     def work(draft: Draft, run: Run) -> Summary:
         times = StepTimes()
+        start_again_if_revised(context, draft, [raw])
         with times.step("plan"):
             manifest = read_manifest(raw.files)
             tasks = plan_features(manifest, draft.files, _PIECES, max_images=config.images_per_task)
