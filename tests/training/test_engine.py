@@ -7,9 +7,10 @@ import pytest
 import torch
 from tiny_training import job, settings, shard, state_bytes, trainer
 
-from heliostat.training.loop import LoopState, one_step
+from heliostat.training.loop import one_step
 from heliostat.training.pieces import share_out, whole
 from heliostat.training.step import train_step
+from heliostat.training.trainer import LoopState
 from heliostat.training.world import World, compute_dtype, not_finite
 
 

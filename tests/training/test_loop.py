@@ -3,19 +3,25 @@
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_training import Log, Stop, StopAfter, final_files, job, settings, shard, state_bytes, train, trainer
+from tars import Tars
+from tiny_training import SHARD, Log, Stop, StopAfter, final_files, job, settings, shard, state_bytes, train, trainer
 
-from heliostat.errors import CheckpointError, NonFiniteLossError, StorageError
+from heliostat.data.image_source import ImageSource
+from heliostat.data.image_table import image_table
+from heliostat.data.shards import manifest_rows
+from heliostat.errors import CheckpointError, DataError, NonFiniteLossError, StorageError
 from heliostat.metrics import METRICS
 from heliostat.storage import LocalStore, Store
 from heliostat.training.checkpoint import complete_steps, read_rejections
-from heliostat.training.loop import LoopState, fit, one_step, seed_step
+from heliostat.training.loop import fit, one_step, seed_step
 from heliostat.training.run import Watch, build_trainer
+from heliostat.training.trainer import DATA_REVISIONS, LoopState
 from heliostat.training.world import World
 
 CENTERINGS = ["centering", "sinkhorn_knopp"]
@@ -268,6 +274,22 @@ def test_every_recorded_metric_is_in_the_table(tmp_path: Path, tar: bytes) -> No
     log = Log()
     train(job(tmp_path, settings(), tar), log)
     assert {name for _, metrics in log.metrics for name in metrics} <= METRICS.keys()
+
+
+def test_a_run_goes_on_with_the_images_that_are_left_when_others_were_forgotten(tmp_path: Path, tar: bytes) -> None:
+    rows = manifest_rows(SHARD, tar)
+    left = (ImageSource(image_table(rows.slice(0, rows.num_rows - 1)), Tars({SHARD: tar})),)
+    whole = job(tmp_path, settings(), tar)
+    with pytest.raises(Stop):
+        train(whole, StopAfter(step=4))
+    with pytest.raises(DataError, match="another sequence of images"):
+        train(replace(whole, sources=left))
+    log = Log()
+    train(replace(whole, sources=left, labels={DATA_REVISIONS: "one request"}), log)
+    assert "images were forgotten since the checkpoint of step 2" in log.said[0]
+    assert "resuming at step 2 of 8" in log.said[1]
+    assert [step for step, metrics in log.metrics if "train/loss" in metrics] == [4, 6, 8]
+    assert final_files(tmp_path).keys() >= {"backbone.safetensors", "model.json"}
 
 
 def test_skipped_steps_are_counted_across_a_resume(tmp_path: Path, tar: bytes) -> None:

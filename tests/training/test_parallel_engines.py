@@ -11,7 +11,9 @@ COMMON = """
 import json, os
 from safetensors.torch import save_file
 from tiny_training import Log, job, settings, shard
-from heliostat.training.loop import LoopState, one_step, restore
+from heliostat.training.loop import one_step
+from heliostat.training.resume import restore
+from heliostat.training.trainer import LoopState
 from heliostat.training.run import build_trainer
 from heliostat.training.world import World
 

@@ -12,7 +12,7 @@ import json
 from safetensors.torch import save_file
 from tiny_training import Log, job, settings, shard, final_files
 from heliostat.errors import PreemptedError
-from heliostat.training.loop import Ask
+from heliostat.training.trainer import Ask
 from heliostat.training.run import Watch, run_training
 from heliostat.training.world import World
 import heliostat.training.loop as loop

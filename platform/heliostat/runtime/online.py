@@ -28,8 +28,8 @@ from heliostat.models.stored import MODEL_JSON, read_backbone_files
 from heliostat.runtime.online_images import OnlineDraw, decode_drawn
 from heliostat.storage import Store
 from heliostat.tracking import Run
-from heliostat.training.loop import Evaluate, Report, leave_unevaluated
 from heliostat.training.teacher_files import FOLDER, METRICS, folder_of, step_of
+from heliostat.training.trainer import Evaluate, Report, leave_unevaluated
 
 PICTURE = "pca.png"
 COLORS = "pca.npy"

@@ -110,7 +110,9 @@ def _run(
 
     sources = images.sources()
     online = draw_images(context, common, sources)
-    job = SweepJob(str(ref), state.base, state.sweep, sources, state.files, context.tracker, Board(), start, online)
+    job = SweepJob(
+        str(ref), state.base, state.sweep, sources, state.files, context.tracker, Board(), start, online, images.labels
+    )
     try:
         run_trials(state, job, context.progress)
     except BaseException:

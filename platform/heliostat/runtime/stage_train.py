@@ -176,7 +176,8 @@ def _train(
         stores = {name: draft.files for name, (draft, _) in opened.items()}
         weights = {name: one for name, one in start().items() if name in opened}
         run_ids = {f"tracker_run{f'.{name}' if name else ''}": run.id for name, (_, run) in opened.items()}
-        job = TrainingJob(own, sources, next(iter(stores.values())), _frozen(teacher), weights, stores, labels=run_ids)
+        labels = run_ids | images.labels
+        job = TrainingJob(own, sources, next(iter(stores.values())), _frozen(teacher), weights, stores, labels=labels)
         artifacts = {name: str(draft.ref) for name, (draft, _) in opened.items()}
         runs = {name: run for name, (_, run) in opened.items()}
         online = draw_images(context, own, sources)  # whatever is missing is refused before Ray starts

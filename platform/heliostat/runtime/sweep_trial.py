@@ -4,9 +4,9 @@ The training goes on in a thread of its own while this one tells Ray Tune; where
 with it the worker group that it started.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from heliostat.data.image_source import ImageSource
@@ -55,6 +55,8 @@ class SweepJob:
     start: StartingWeights | None = None
     online: OnlineDraw | None = None
     """The images that every trial's evaluations look at."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """What checkpoints of all trials keep."""
 
     def online_of(self, config: PretrainConfig) -> OnlineDraw | None:
         """The same images at the sizes of one trial, whose crops and patches may differ from the others'."""
@@ -101,7 +103,7 @@ def _train(point: Point, run: Run, job: SweepJob) -> None:
     name, artifact = point.name, f"{job.artifact} trial {point.name}"
     results = trial_files(job.files, point.index)
     start = {"": fit_backbone(job.start, config.student)} if job.start is not None else {}
-    scratch, labels = trial_scratch(job.files, point.index), {"tracker_run": run.id}
+    scratch, labels = trial_scratch(job.files, point.index), {"tracker_run": run.id, **job.labels}
     work = TrainingJob(config, job.sources, scratch, start=start, outputs={"": results}, labels=labels)
     tracker = tracker_on_board(job.tracker, job.board, name)
     request = TrainingRequest({"": artifact}, work, tracker, {"": run.id}, job.online_of(config))

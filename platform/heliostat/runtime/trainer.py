@@ -32,8 +32,8 @@ from heliostat.runtime.training_record import noted, recording
 from heliostat.runtime.worker_watch import WorkerWatch
 from heliostat.storage import Store
 from heliostat.tracking import Run, Tracker
-from heliostat.training.loop import Ask
 from heliostat.training.run import LoaderFactory, TrainingJob, Watch, in_threads, run_training
+from heliostat.training.trainer import Ask
 from heliostat.training.world import World
 
 

@@ -1,5 +1,6 @@
 """The images that a training stage reads: one artifact, or several with sampling weights."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,7 @@ from heliostat.data.quarantine import Rejection
 from heliostat.data.shard_reader import ShardReader
 from heliostat.errors import DataError
 from heliostat.runtime.pipelines import Context
+from heliostat.training.trainer import DATA_REVISIONS
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,12 @@ class TrainingData:
         """What belongs into a fingerprint besides the inputs."""
         return {"data_weights": list(self.weights)} if len(self.weights) > 1 else {}
 
+    @property
+    def labels(self) -> dict[str, str]:
+        """What checkpoints keep of it: the requests to forget that changed the images."""
+        revisions = [[str(one.ref), one.record.revisions] for one in self.artifacts if one.record.revisions]
+        return {DATA_REVISIONS: json.dumps(revisions)} if revisions else {}
+
     def sources(self) -> tuple[ImageSource, ...]:
         """What a loader reads from. Raises DataError for an artifact without a readable image."""
         return tuple(
@@ -42,14 +50,14 @@ class TrainingData:
         )
 
     def named(self, rejections: Sequence[Rejection]) -> list[Rejection]:
-        """The rejections with the paths or URLs that their images came from."""
+        """The rejections with the paths or URLs that their images came from, without images that were forgotten since."""
         wanted = pa.array([rejection.id for rejection in rejections], pa.string())
         sources: dict[str, str] = {}
         for one in self.artifacts if rejections else ():
             manifest = read_manifest(one.files)
             rows = manifest.filter(pc.is_in(manifest["id"], value_set=wanted))
             sources |= dict(zip(rows["id"].to_pylist(), rows["source"].to_pylist(), strict=True))
-        return [replace(rejection, source=sources[rejection.id]) for rejection in rejections]
+        return [replace(one, source=sources[one.id]) for one in rejections if one.id in sources]
 
 
 def training_data(context: Context, data: str | Mapping[str, float]) -> TrainingData:

@@ -9,8 +9,8 @@ from heliostat.costs import Device, Meter
 from heliostat.costs.nvml import energy_counter, gpu_loads
 from heliostat.storage import Store
 from heliostat.tracking import Run, without_secrets
-from heliostat.training.loop import Evaluate, Report
 from heliostat.training.run import TrainingJob
+from heliostat.training.trainer import Evaluate, Report
 from heliostat.training.world import World
 
 

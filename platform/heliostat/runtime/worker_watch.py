@@ -15,7 +15,7 @@ import ray
 
 from heliostat.runtime.relay import Relay
 from heliostat.runtime.spot_notice import SpotNotice
-from heliostat.training.loop import Ask
+from heliostat.training.trainer import Ask
 
 # A start reads weights and checkpoints, a save may wait for its store: both take the time they take. Ranks that wait for one of
 # them in a step are what ends a group whose start or save hangs.

@@ -6,107 +6,31 @@ uninterrupted run would have computed.
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
-from enum import Enum
-from typing import Any, Protocol
+from dataclasses import asdict
+from typing import Any
 
 import torch
 
 from heliostat.data.batch import Batch
-from heliostat.data.loading import BatchLoader
 from heliostat.data.raw_batch import RawBatch, crops_of
-from heliostat.errors import CheckpointError, NonFiniteLossError, PreemptedError, StorageError
-from heliostat.storage import Store, storage_statistics
+from heliostat.errors import NonFiniteLossError, PreemptedError, StorageError
+from heliostat.storage import storage_statistics
 from heliostat.training.checkpoint import (
-    FOLDER,
-    StoredCheckpoint,
-    newest_checkpoint,
-    open_checkpoint,
     read_history,
-    refuse_misfit,
 )
 from heliostat.training.checkpoint_writer import CheckpointWriter, abandoned_on_error
 from heliostat.training.collapse import Sign, collapse_signs
 from heliostat.training.diagnostics import feature_std, kl_to_teacher, prototype_usage, rankme, teacher_entropy
 from heliostat.training.distillation import Distillation
-from heliostat.training.engine import Engine
-from heliostat.training.method import SelfDistillation
 from heliostat.training.recipe import PretrainConfig, TrainingConfig
+from heliostat.training.resume import computing, restore
 from heliostat.training.schedules import StepValues, step_values
 from heliostat.training.step import StepResult, train_step
 from heliostat.training.teacher_files import has_teacher, is_evaluation_point, model_info, write_teacher
 from heliostat.training.throughput import use_of_hardware
-from heliostat.training.world import World, compute_dtype
-
-AnyMethod = SelfDistillation | Distillation
-
-
-class Report(Protocol):
-    """Receives the metrics of a step; `model` names the network where a run trains several."""
-
-    def __call__(self, metrics: Mapping[str, float], step: int, model: str = "") -> None: ...
-
-
-class Evaluate(Protocol):
-    """Looks at the teacher of one evaluation point, elsewhere or later: the caller goes on training at once."""
-
-    def __call__(self, model: str, step: int, files: Store) -> None:
-        """`files` is the folder of `training.teacher_files` that holds the weights; `model` names the network."""
-
-
-def leave_unevaluated(model: str, step: int, files: Store) -> None:
-    """The teacher is kept, and nothing looks at it."""
-
-
-class Ask(Enum):
-    """What somebody outside may ask of a run between two steps."""
-
-    GO_ON = "go on"
-    SAVE = "save"
-    """Write a checkpoint now and go on."""
-    STOP = "stop"
-    """Write a checkpoint and end."""
-
-
-@dataclass
-class LoopState:
-    """What changes while the loop runs."""
-
-    step: int = 0
-    skipped_steps: int = 0
-    skipped_in_a_row: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
-    signs: frozenset[str] = frozenset()
-    window_started: float = field(default_factory=time.perf_counter)
-    window_images: int = 0
-    window_wait_seconds: float = 0.0
-    window_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class Trainer:
-    """Everything a run needs; `fit` drives it."""
-
-    method: AnyMethod
-    optimizer: torch.optim.Optimizer
-    engine: Engine
-    loader: BatchLoader
-    config: TrainingConfig
-    files: Store
-    world: World
-    report: Report
-    notify: Callable[[str], None]
-    outputs: Mapping[str, Store]
-    """Where the model of each network goes, by name."""
-    evaluate: Evaluate
-    asked: Callable[[], Ask]
-    """What is asked of the run, after every step on every rank; what one rank is asked counts for all."""
-    mark: Callable[[str, int], None]
-    """Told what this rank is doing: `data`, `step` or `save`, and the steps done; for a watchdog."""
-    labels: Mapping[str, str]
-    """Names that checkpoints keep, such as the tracker's run ids."""
+from heliostat.training.trainer import Ask, LoopState, Trainer
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -328,7 +252,7 @@ def _save(trainer: Trainer, state: LoopState, writer: CheckpointWriter) -> None:
         "loader": trainer.loader.state_dict(),
         "schedules": asdict(_values(trainer, state.step)) if state.step < trainer.config.train.steps else {},
         "random": {"seed": trainer.config.train.seed, "rule": "seed_step(seed, step, rank) before every step"},
-        "computing": _computing(trainer),
+        "computing": computing(trainer),
         **trainer.labels,
     }
     rejections = trainer.loader.take_rejections()
@@ -359,72 +283,3 @@ def _has_teacher(trainer: Trainer, step: int) -> bool:
     names = trainer.method.results if trainer.world.is_main else ()
     found = [has_teacher(trainer.outputs.get(name, trainer.files), step) for name in names]
     return trainer.world.agree([all(found)])[0]
-
-
-def restore(trainer: Trainer) -> LoopState:
-    """Take over the newest checkpoint that every rank can read; a fresh state without one."""
-    below: int | None = None
-    while True:
-        stored = newest_checkpoint(trainer.files, trainer.notify, below)
-        step = trainer.world.lowest(stored.step if stored else 0)
-        if stored is not None and stored.step > step:  # another rank could not open this one
-            stored = open_checkpoint(trainer.files, step) if step else None
-        if stored is None:
-            return LoopState()
-        below = stored.step
-        if stored.state["networks"] != list(trainer.method.networks):
-            _discard(trainer, stored)
-            return LoopState()
-        refuse_misfit(stored, trainer.engine.shapes())
-        if _take_over(trainer, stored):
-            break
-    state = stored.state
-    trainer.loader.load_state_dict(state["loader"])
-    if trainer.world.is_main:
-        written = _written_otherwise(trainer, stored)
-        trainer.notify(f"resuming at step {stored.step} of {trainer.config.train.steps}{written and f', written {written}'}")
-    return LoopState(stored.step, state["skipped_steps"], state["skipped_in_a_row"])
-
-
-def _computing(trainer: Trainer) -> dict[str, str]:
-    """What is no part of a model's identity and yet makes its last digits other ones."""
-    device, scaling = trainer.world.device, trainer.config.scaling
-    return {
-        "scaling.parallel": scaling.parallel,
-        "device": device.type,
-        "compute_dtype": str(compute_dtype(trainer.config.train.compute_dtype, device)).removeprefix("torch."),
-        "scaling.images_per_pass": str(scaling.images_per_pass),
-    }
-
-
-def _written_otherwise(trainer: Trainer, stored: StoredCheckpoint) -> str:
-    """How a checkpoint's run computed, where this one does so differently: it goes on, but not bit for bit."""
-    before, size = stored.state.get("computing", {}), stored.world_size  # the first checkpoints did not say
-    parts = [f"by {size} worker{'s' if size > 1 else ''}"] if size != trainer.world.size else []
-    others = [f"{name} {before[name]}" for name, value in _computing(trainer).items() if before.get(name, value) != value]
-    return " ".join(parts + ([f"with {', '.join(others)}"] if others else []))
-
-
-def _take_over(trainer: Trainer, stored: StoredCheckpoint) -> bool:
-    """Read this rank's part, and apply it when all ranks could read theirs."""
-    apply: Callable[[], None] | None = None
-    try:
-        apply = trainer.engine.restore(stored.read, stored.places.keys())
-    except CheckpointError as error:
-        trainer.notify(f"passing over a damaged checkpoint: {error}")
-    if not trainer.world.agree([apply is not None])[0] or apply is None:
-        return False
-    apply()
-    return True
-
-
-def _discard(trainer: Trainer, stored: StoredCheckpoint) -> None:
-    """Throw away the checkpoints of a run that trained other students together: each is drawn and stepped by itself anyway."""
-    if trainer.world.is_main:
-        trainer.notify(
-            f"the checkpoint of step {stored.step} is of students {', '.join(stored.state['networks'])}; "
-            f"starting again with {', '.join(trainer.method.networks)}"
-        )
-        for entry in list(trainer.files.list(FOLDER)):
-            trainer.files.delete(entry.key)
-    trainer.world.agree([True])  # nobody goes on before they are gone

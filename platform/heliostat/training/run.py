@@ -18,7 +18,7 @@ from heliostat.storage import Store
 from heliostat.training.costs import passes_of
 from heliostat.training.distillation import Distillation
 from heliostat.training.engine import Engine, TorchEngine
-from heliostat.training.loop import AnyMethod, Ask, Evaluate, Report, Trainer, fit, leave_unevaluated
+from heliostat.training.loop import fit
 from heliostat.training.memory import GIB
 from heliostat.training.method import SelfDistillation
 from heliostat.training.parallel import choose_parallel
@@ -26,6 +26,7 @@ from heliostat.training.param_groups import build_optimizer
 from heliostat.training.recipe import TrainingConfig
 from heliostat.training.start import StartingWeights, start_network, start_targets
 from heliostat.training.teacher_files import model_info
+from heliostat.training.trainer import AnyMethod, Ask, Evaluate, Report, Trainer, leave_unevaluated
 from heliostat.training.world import World, compute_dtype
 
 
