@@ -20,7 +20,7 @@ from heliostat.errors import ConfigError
 M = TypeVar("M", bound=BaseModel)
 
 _MOST = 2**63 - 1
-_BRANCHES = {"bool", "constrained-str", "float", "int", "none", "str"}
+_BRANCHES = {"bool", "constrained-float", "constrained-int", "constrained-str", "float", "int", "none", "str"}
 
 RECIPES = Path(__file__).parent / "recipes"
 

@@ -77,7 +77,8 @@ def print_why(artifact: str, image: str, overrides: Sequence[str]) -> None:
     """Tell the story of one image by its id or source. artifact: a curated one; empty asks all of the store, newest first."""
     from heliostat.runtime.review_verbs import why
 
-    print("\n".join(why(_store_of(overrides), artifact, image)))
+    for line in why(_store_of(overrides), artifact, image):
+        print("".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in line))  # strangers name files
 
 
 def print_what_if(artifact: str, words: Sequence[str]) -> None:
