@@ -310,7 +310,13 @@ def _take_up(
         notify(f"{ref}: resuming an interrupted run")
         return draft["state"], True
     leftovers = list(files.list())
-    if draft is not None and any(CHECKPOINT.search(entry.key) for entry in leftovers):
+    has_checkpoints = any(CHECKPOINT.search(entry.key) for entry in leftovers)
+    if draft is None and has_checkpoints:
+        raise ArtifactConflictError(
+            f"{ref} has checkpoints and no {DRAFT} that tells of which run; restore it, give version=... for a new run, or "
+            f"remove {files.uri} to throw them away"
+        )
+    if draft is not None and has_checkpoints:
         raise ArtifactConflictError(
             f"{ref} has checkpoints of an unfinished run with other settings ({_changes(draft['config'], settings)}); "
             f"restore them to go on, give version=... for a new run, or remove {files.uri} to throw it away"
