@@ -4,7 +4,7 @@ Vectors, names and boxes stay in the files. What decisions need of every image i
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from heliostat.config import StrictModel
 from heliostat.curation.pca_hash import HashColumns
 from heliostat.curation.vectors import JoinedVectors, StoredVectors, Vectors
 from heliostat.errors import DataError
-from heliostat.storage import Store, one_line_if_damaged, read_parquet
+from heliostat.storage import Store, from_parquet, one_line_if_damaged, read_parquet
 
 # Shapes: N rows of the pool.
 
@@ -86,11 +86,12 @@ class FeatureFiles:
         """Columns of one block. Raises StorageError for a damaged file."""
         return read_parquet(self.files, self.keys[block], columns)
 
-    def columns_of(self, block: int) -> list[str]:
-        """The columns that a block has. Raises StorageError for a damaged file."""
+    def read_present(self, block: int, columns: Collection[str]) -> pa.Table:
+        """Those of the columns that a block has, in its order. Raises StorageError for a damaged file."""
         data = self.files.read(self.keys[block])
         with one_line_if_damaged(self.files, self.keys[block]):
-            return list(pq.read_schema(pa.BufferReader(data)).names)
+            there = pq.read_schema(pa.BufferReader(data)).names
+            return from_parquet(data, [name for name in there if name in columns])
 
 
 @dataclass(frozen=True)

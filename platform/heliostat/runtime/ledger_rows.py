@@ -40,8 +40,7 @@ class PoolRows:
         """One block, without its vectors."""
         for member, log in zip(self.pool.members, self.logs, strict=True):
             if block < len(member.keys):
-                wanted = [name for name in member.columns_of(block) if name in SCHEMA.names or name == "faces"]
-                rows = member.read(block, [name for name in wanted if name != "reason"])
+                rows = member.read_present(block, {*SCHEMA.names, "faces"} - {"reason"})
                 return rows if log is None else _with_evidence(rows, log)
             block -= len(member.keys)
         raise IndexError(block)
