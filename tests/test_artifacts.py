@@ -301,7 +301,8 @@ def test_a_flipped_byte_is_found(artifacts: ArtifactStore) -> None:
     assert verify(artifact) == 2
     artifact.files.put("shard-1", bytes(500) + b"\x01" + bytes(499))
     with pytest.raises(
-        ArtifactError, match=r"^curated/photos@1: shard-1 has 1000 bytes, sha256 \w{12}; recorded 1000 bytes, \w{12}$"
+        ArtifactError,
+        match=r"^curated/photos@1: shard-1 is damaged, it has 1000 bytes, sha256 \w{12}; recorded 1000 bytes, \w{12}; ",
     ):
         verify(artifact)
     artifact.files.delete("shard-1")
@@ -375,9 +376,32 @@ def test_an_artifact_name_parses_to_what_it_prints() -> None:
 
 def test_a_damaged_record_is_one_line(artifacts: ArtifactStore) -> None:
     artifacts.files(REF).put("artifact.json", b'{"kind": "curated"')
-    with pytest.raises(ArtifactError, match=r"artifact.json is not an artifact record: ") as caught:
+    with pytest.raises(ArtifactError, match=r"artifact.json is damaged \(.*\); restore the file, or") as caught:
         artifacts.load(REF)
     assert "\n" not in str(caught.value)
+
+
+def test_the_record_of_another_artifact_is_refused(artifacts: ArtifactStore) -> None:
+    made = draft(artifacts)
+    made.put("shard-0", bytes(10))
+    data = made.commit(counts={}).files.read("artifact.json")
+    other = ArtifactRef("curated", "others", "1")
+    artifacts.files(other).put("artifact.json", data)
+    with pytest.raises(ArtifactError, match=r"curated/others@1/artifact.json is the record of curated/photos@1; restore"):
+        artifacts.load(other)
+
+
+def test_what_killed_writes_left_is_removed_by_the_next_run_and_at_the_commit(tmp_path: Path) -> None:
+    artifacts = ArtifactStore(LocalStore(tmp_path))
+    folder = tmp_path / str(REF) / "shards"
+    folder.mkdir(parents=True)
+    left = folder / ".0123456789abcdef.heliostat-partial"
+    left.write_bytes(b"half an image")
+    made = draft(artifacts)
+    assert not left.exists()
+    left.write_bytes(b"half an image")
+    made.commit(counts={})
+    assert not left.exists()
 
 
 @pytest.mark.parametrize(

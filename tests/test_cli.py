@@ -236,7 +236,7 @@ def test_a_store_that_cannot_be_written_is_refused(capsys: pytest.CaptureFixture
     (tmp_path / "file").write_text("in the way")
     status, error = refused(capsys, "pretrain", f"data={photos}", f"store={tmp_path}/file/store")
     assert status == 1
-    assert f"cannot write to {tmp_path}/file/store/raw/photos@1: Not a directory; choose another store=" in error
+    assert f"cannot write to {tmp_path}/file/store/_claims/raw: Not a directory; choose another store=" in error
     assert (tmp_path / "file").read_text() == "in the way"
 
 

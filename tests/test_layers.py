@@ -12,7 +12,7 @@ LEVELS = [
     ["config"],
     ["retries"],
     ["storage"],
-    ["artifacts", "tracking", "costs"],
+    ["artifacts", "claims", "tracking", "costs"],
     ["lineage"],
     ["kernels"],
     ["models"],

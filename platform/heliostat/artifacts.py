@@ -27,7 +27,7 @@ from heliostat.errors import (
     ObjectNotFoundError,
     UsageError,
 )
-from heliostat.storage import Store, read_json
+from heliostat.storage import Store, read_json, remove_partial_writes
 
 RECORD = "artifact.json"
 DRAFT = "draft.json"
@@ -105,6 +105,12 @@ class Artifact:
         """The identity of this artifact."""
         return self.record.ref
 
+    def read(self, key: str) -> bytes:
+        """The content of one file. Raises ArtifactError when it is not what was committed."""
+        data = self.files.read(key)
+        _compare(self.record, key, describe(data))
+        return data
+
     def read_json(self, key: str) -> Any:
         """Parse one JSON file of the artifact."""
         return read_json(self.files, key, lambda plain: plain, f"restore it, or remove the folder to make {self.ref} again")
@@ -145,8 +151,9 @@ class Draft:
         metrics: Mapping[str, float] | None = None,
         costs: Mapping[str, float] | None = None,
         code_version: str = "",
+        keep_draft: bool = False,
     ) -> "Artifact":
-        """Write the record, then remove the scratch.
+        """Write the record, then remove the scratch; draft.json too unless it is kept until `clean` (see `state_left`).
 
         Raises ArtifactConflictError when a writer with other settings was first, ArtifactError when files have vanished.
         """
@@ -177,7 +184,7 @@ class Draft:
             winner = _load_record(self.files, self.ref)
             _refuse_change(winner, self.fingerprint, _settings(self.config, self.inputs))
             record = winner
-        clean(self.files)
+        clean(self.files, keep_draft=keep_draft)
         return Artifact(record, self.files)
 
     def _refuse_gaps(self, files: Mapping[str, FileRecord]) -> None:
@@ -194,11 +201,13 @@ def describe(data: bytes) -> FileRecord:
     return FileRecord(num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
-def clean(files: Store) -> None:
+def clean(files: Store, *, keep_draft: bool = False) -> None:
     """Remove the scratch of a committed artifact (what an interrupted commit left is removed too)."""
     for entry in list(files.list(WORK)):
         files.delete(entry.key)
-    files.delete(DRAFT)
+    if not keep_draft:
+        files.delete(DRAFT)
+    remove_partial_writes(files)
 
 
 def _draft_bytes(fingerprint: str, settings: Mapping[str, Any], state: Mapping[str, Any]) -> bytes:
@@ -225,12 +234,16 @@ def _draft_of(plain: Any) -> dict[str, Any]:
 
 
 def _load_record(files: Store, ref: ArtifactRef) -> ArtifactRecord:
+    fix = f"restore the file, or remove the folder to make {ref} again"
     try:
-        return ArtifactRecord.model_validate_json(files.read(RECORD))
+        record = ArtifactRecord.model_validate_json(files.read(RECORD))
     except ObjectNotFoundError as error:
         raise ArtifactNotFoundError(f"no artifact {ref} in the store; run the stage that makes it first") from error
     except ValidationError as error:
-        raise ArtifactError(f"{files.uri}/{RECORD} is not an artifact record: {error.errors()[0]['msg']}") from error
+        raise ArtifactError(f"{files.uri}/{RECORD} is damaged ({error.errors()[0]['msg']}); {fix}") from error
+    if record.ref != ref:
+        raise ArtifactError(f"{files.uri}/{RECORD} is the record of {record.ref}; {fix}")
+    return record
 
 
 def _refuse_change(found: ArtifactRecord, fingerprint: str, settings: Mapping[str, Any]) -> None:
@@ -257,6 +270,13 @@ class ArtifactStore:
         """The artifact, or None when it is not complete."""
         files = self.files(ref)
         return Artifact(_load_record(files, ref), files) if files.size(RECORD) is not None else None
+
+    def state_left(self, artifact: Artifact) -> dict[str, Any]:
+        """What the draft of a complete artifact remembers, when its maker ended between the commit and `clean`; else empty."""
+        try:
+            return dict(read_json(artifact.files, DRAFT, _draft_of, "remove it")["state"])
+        except ObjectNotFoundError:
+            return {}
 
     def load(self, ref: ArtifactRef) -> Artifact:
         """The artifact. Raises ArtifactNotFoundError."""
@@ -302,6 +322,7 @@ def _take_up(
     files: Store, ref: ArtifactRef, fingerprint: str, settings: Mapping[str, Any], notify: Callable[[str], None]
 ) -> tuple[dict[str, Any], bool]:
     """What an unfinished run left: taken up when it is the same one, else discarded, unless it holds checkpoints."""
+    remove_partial_writes(files)
     try:
         draft = read_json(files, DRAFT, _draft_of, f"remove the folder to start {ref} again")
     except ObjectNotFoundError:
@@ -336,11 +357,17 @@ def compute_fingerprint(kind: str, config: Mapping[str, Any], input_fingerprints
 
 def verify(artifact: Artifact) -> int:
     """Re-read every file and compare its checksum; returns the number of files. Raises ArtifactError on a mismatch."""
-    for key, expected in artifact.record.files.items():
-        found = describe(artifact.files.read(key))
-        if found != expected:
-            raise ArtifactError(
-                f"{artifact.ref}: {key} has {found.num_bytes} bytes, sha256 {found.sha256[:12]}; "
-                f"recorded {expected.num_bytes} bytes, {expected.sha256[:12]}"
-            )
+    for key in artifact.record.files:
+        artifact.read(key)
     return len(artifact.record.files)
+
+
+def _compare(record: ArtifactRecord, key: str, found: FileRecord) -> None:
+    expected = record.files.get(key)
+    if expected is None:
+        raise ArtifactError(f"{record.ref}: {key} is no file of it; give the version that has one")
+    if found != expected:
+        raise ArtifactError(
+            f"{record.ref}: {key} is damaged, it has {found.num_bytes} bytes, sha256 {found.sha256[:12]}; recorded "
+            f"{expected.num_bytes} bytes, {expected.sha256[:12]}; restore the file, or remove the folder to make it again"
+        )

@@ -6,7 +6,7 @@ import pytest
 
 from heliostat.crawling.config import CrawlConfig, UrlFilterConfig, check_contact
 from heliostat.crawling.reasons import REASONS
-from heliostat.crawling.urls import url_filter
+from heliostat.crawling.urls import plain_host, plain_url, url_filter
 from heliostat.errors import DataError, UsageError
 
 PLAIN = url_filter(UrlFilterConfig())
@@ -32,6 +32,35 @@ PLAIN = url_filter(UrlFilterConfig())
 def test_a_url_gets_its_plain_spelling(text: str, base: str, expected: str) -> None:
     assert PLAIN.check(text, base)[::2] == (expected, "")
     assert PLAIN.check(expected).url == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("HTTP://Example.ORG", "http://example.org/"),
+        ("https://example.org:443/a b.svg?q=ü#part", "https://example.org/a%20b.svg?q=%C3%BC"),
+        ("http://me:pw@10.1.2.3:8080/x/../a.jpg", "http://10.1.2.3:8080/a.jpg"),
+        ("http://localhost:80/a", "http://localhost/a"),
+        ("http://bücher.de/", "http://xn--bcher-kva.de/"),
+        ("ftp://example.org/A", "ftp://example.org/A"),
+        ("folder/A b.jpg", "folder/A b.jpg"),
+        ("http://a..org/", "http://a..org/"),
+    ],
+)
+def test_the_spelling_of_a_crawl_is_known_for_urls_that_it_would_not_ask_for(text: str, expected: str) -> None:
+    assert plain_url(text) == expected
+    assert plain_url(expected) == expected
+
+
+def test_a_host_is_spelled_as_in_urls() -> None:
+    assert [plain_host(text) for text in ("Bücher.DE.", "127.0.0.5", "[2606:4700:0::1111]", "localhost")] == [
+        "xn--bcher-kva.de",
+        "127.0.0.5",
+        "[2606:4700::1111]",
+        "localhost",
+    ]
+    with pytest.raises(DataError, match="'a b' is not a host"):
+        plain_host("a b")
 
 
 @pytest.mark.parametrize(

@@ -341,13 +341,19 @@ def test_a_tar_with_zeros_still_walks_and_gives_all_other_images():
         ("source:a.b", Target("source", "a.b")),
         ("domain:photo.jpg", Target("domain", "photo.jpg")),
         ("id:abcdef0123", Target("id", "abcdef0123")),
+        ("ABCDEF01", Target("id", "abcdef01")),
+        ("id:ABCdef0123", Target("id", "abcdef0123")),
+        ("127.0.0.5", Target("domain", "127.0.0.5")),
+        ("[2606:4700::1111]", Target("domain", "[2606:4700::1111]")),
+        ("domain:localhost", Target("domain", "localhost")),
+        ("Müller.de", Target("domain", "müller.de")),
     ],
 )
 def test_what_a_person_writes_is_understood(text, expected):
     assert parse_target(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "abc", "id:xyz", "domain:-", "domain:a b.org", "localhost"])
+@pytest.mark.parametrize("text", ["", "abc", "id:xyz", "domain:-", "domain:a b.org", "localhost", "domain:0.0.5", "127.0.5"])
 def test_what_nobody_can_mean_is_refused(text):
     with pytest.raises(UsageError):
         parse_target(text)
@@ -364,3 +370,21 @@ def test_hosts_are_those_of_the_url_and_not_of_what_pretends_to_be():
     ]
     assert hosts_of(pa.array(urls)).to_pylist() == ["a.example", "b.example", "c.example", "", "d.example", ""]
     assert digest_of("source", "x") != digest_of("domain", "x")
+
+
+def test_what_killed_writes_left_is_removed_from_the_artifacts(tmp_path):
+    artifacts = make_store(tmp_path)
+    left = tmp_path / "raw" / "pool@1" / "shards" / ".0123456789abcdef.heliostat-partial"
+    left.write_bytes(DATA[2])
+    forget(artifacts, IDS[2], is_dry_run=True)
+    assert left.exists()
+    forget(artifacts, IDS[2])
+    assert not left.exists()
+
+
+def test_a_name_that_nothing_has_is_told_and_remembered(tmp_path):
+    artifacts = make_store(tmp_path)
+    lines = forget(artifacts, "https://nobody.example/x.png").lines()
+    assert lines[0].startswith("0 images are forgotten")
+    assert lines[1].startswith("  nothing in the store has this name")
+    assert read_forget_list(artifacts.store).matches(None, pa.array(["https://nobody.example/x.png"])).tolist() == [True]

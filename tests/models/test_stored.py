@@ -6,8 +6,11 @@ import pytest
 import torch
 from random_backbone import difference, random_backbone, random_images, random_model, tiny_config
 
-from heliostat.errors import ArtifactNotFoundError
-from heliostat.models.stored import open_backbone
+from heliostat.artifacts import ArtifactRef, ArtifactStore
+from heliostat.errors import ArtifactError, ArtifactNotFoundError
+from heliostat.models.public import read_public_weights
+from heliostat.models.stored import open_backbone, read_states
+from heliostat.storage import LocalStore
 
 
 def test_a_model_is_opened_by_its_name_with_the_weights_that_were_stored(tmp_path: Path) -> None:
@@ -25,3 +28,21 @@ def test_a_model_is_opened_by_its_name_with_the_weights_that_were_stored(tmp_pat
 def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactNotFoundError, match="model/other@1"):
         open_backbone("model/other@1", store=str(tmp_path))
+
+
+@pytest.mark.parametrize("key", ["backbone.safetensors", "heads.safetensors", "model.json"])
+def test_a_flipped_bit_in_the_weights_is_found_by_whatever_reads_them(tmp_path: Path, key: str) -> None:
+    random_model(tmp_path, tiny_config("mlp"))
+    path = tmp_path / "model" / "tiny@1" / key
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    damaged = pytest.raises(ArtifactError, match=f"model/tiny@1: {key} is damaged, .*; restore the file, or remove the folder")
+    with damaged:
+        read_public_weights(path.parent)
+    if key != "heads.safetensors":
+        with damaged:
+            open_backbone("model/tiny@1", store=str(tmp_path))
+    if key != "model.json":
+        with damaged:
+            read_states(ArtifactStore(LocalStore(tmp_path)).load(ArtifactRef.parse("model/tiny@1")))

@@ -7,11 +7,13 @@ import pytest
 
 from heliostat.artifacts import Artifact, ArtifactRef, Draft
 from heliostat.errors import ArtifactConflictError, ArtifactNotFoundError, DataError
+from heliostat.runtime import pipelines
 from heliostat.runtime.pipelines import Context, Summary, code_version, config_of, make
 from heliostat.runtime.progress import Progress
 from heliostat.runtime.recipe import Recipe, read_recipe
 from heliostat.runtime.stage_train import NOT_IN_FINGERPRINT
 from heliostat.tracking import Run
+from heliostat.tracking.mlflow_client import open_client
 
 REF = ArtifactRef("raw", "numbers", "1")
 
@@ -86,16 +88,45 @@ def test_an_interrupt_is_a_failure_of_the_same_kind(context: Context) -> None:
     assert run(context, Counting(), size=1).record.counts == {"shards": 3}
 
 
-def test_the_later_of_two_runs_of_one_command_takes_the_result_of_the_first(context: Context, stream: io.StringIO) -> None:
+def test_a_second_run_of_one_version_is_refused_while_the_first_lives_and_no_file_changes(context: Context) -> None:
+    rival = Counting()
+
+    def busy(draft: Draft, run_of_it: Run) -> Summary:
+        for size in (1, 2):
+            with pytest.raises(
+                ArtifactConflictError, match=r"raw/numbers@1 is being made by process \d+ on .*, which is alive"
+            ):
+                run(context, rival, size=size)
+        return Counting()(draft, run_of_it)
+
+    made = run(context, busy, size=1)
+    assert rival.written == 0
+    assert {entry.key for entry in made.files.list()} == {"0.bin", "1.bin", "2.bin", "artifact.json"}
+    assert not list(context.artifacts.store.list("_claims/"))
+
+
+def test_a_run_that_seemed_dead_takes_the_result_of_the_one_that_took_over(context: Context, stream: io.StringIO) -> None:
+    """It wakes up late: its claim was taken and its version committed."""
+
     def overtaken(draft: Draft, run_of_it: Run) -> Summary:
+        context.artifacts.store.delete("_claims/raw/numbers@1.json")
         run(context, Counting(), size=1)
-        draft.files.read("_work/done-0")  # gone with the scratch of the artifact
-        raise AssertionError
+        return Summary({"shards": 0})
 
     made = run(context, overtaken, size=1)
     assert made.record.counts == {"shards": 3}
     assert "raw/numbers@1 was finished by another run meanwhile; its result is used" in stream.getvalue()
     assert {entry.key for entry in made.files.list()} == {"0.bin", "1.bin", "2.bin", "artifact.json"}
+
+
+def test_a_run_that_lost_its_claim_commits_nothing(context: Context) -> None:
+    def overtaken(draft: Draft, run_of_it: Run) -> Summary:
+        context.artifacts.store.delete("_claims/raw/numbers@1.json")
+        return Counting()(draft, run_of_it)
+
+    with pytest.raises(ArtifactConflictError, match="seemed dead for a while"):
+        run(context, overtaken, size=1)
+    assert context.artifacts.find(REF) is None
 
 
 def test_an_unfinished_run_with_other_settings_is_discarded_aloud(context: Context, stream: io.StringIO) -> None:
@@ -169,3 +200,33 @@ def test_the_code_version_of_a_checkout_names_its_commit() -> None:
     version, _, commit = code_version().partition("+")
     assert version.count(".") == 2
     assert commit == "" or len(commit) == 12
+
+
+def test_a_run_that_was_left_open_by_a_kill_after_the_commit_is_closed_by_the_next(
+    tmp_path: Path, stream: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = Context(Recipe.model_validate({"name": "numbers", "store": str(tmp_path)}), Progress(stream))
+
+    class Killed(BaseException):
+        pass
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipelines, "describe_lineage", die)
+        with pytest.raises(Killed):
+            run(context, Counting(), size=1)
+    made = context.artifacts.find(REF)
+    assert made is not None
+    client = open_client(context.tracker.uri)
+    [found] = client.search_runs([client.get_experiment_by_name("heliostat").experiment_id])
+    assert found.info.status == "FAILED"
+    again = Counting()
+    run(context, again, size=1)
+    assert again.written == 0
+    found = client.get_run(found.info.run_id)
+    assert found.info.status == "FINISHED"
+    assert "raw/numbers@1" in found.data.tags["mlflow.note.content"]
+    assert "lineage.html" in {file.path for file in client.list_artifacts(found.info.run_id)}
+    assert made.files.size("draft.json") is None

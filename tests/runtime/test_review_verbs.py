@@ -19,7 +19,7 @@ from heliostat.curation.pool import Pool, read_columns
 from heliostat.curation.tasks import run_serially
 from heliostat.errors import ArtifactNotFoundError, DataError, UsageError
 from heliostat.runtime.ledger_rows import PoolRows
-from heliostat.runtime.review_verbs import curations, what_would_be, why
+from heliostat.runtime.review_verbs import curations, spellings, what_would_be, why
 from heliostat.storage import LocalStore
 
 SIMILARITIES = (0.95, 0.9, 0.8, 0.7, 0.65, 0.55, 0.5)
@@ -209,3 +209,19 @@ def test_without_edges_nothing_can_be_asked(tmp_path: Path) -> None:
     curate(artifacts, tmp_path, "plain", copies={"enabled": False})
     with pytest.raises(UsageError, match=r"copies/plain@1 has no edges: copies were not looked for \(dedup.copies.enabled"):
         what_would_be(artifacts, "", ["dup_threshold=0.7"])
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("HTTP://Example.ORG:80/a b.jpg#x", ["source:http://example.org/a%20b.jpg", "source:HTTP://Example.ORG:80/a b.jpg#x"]),
+        ("http://example.org/a.jpg", ["source:http://example.org/a.jpg"]),
+        ("müller.de", ["domain:xn--mller-kva.de", "domain:müller.de"]),
+        ("Example.ORG", ["domain:example.org"]),
+        ("domain:under_score.org", ["domain:under_score.org"]),
+        ("ABCDEF01", ["id:abcdef01"]),
+        ("folder/Photo.JPG", ["source:folder/Photo.JPG"]),
+    ],
+)
+def test_a_request_to_forget_is_spelled_as_the_store_may_have_it(target: str, expected: list[str]) -> None:
+    assert spellings(target) == expected

@@ -61,10 +61,8 @@ class UrlFilter:
         try:
             parts = self._parts(text, base)
             shown = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()[: limit + 1]  # a password is kept nowhere
-            scheme, host, port = self._authority(parts)
-            path = self._path(parts, is_page=is_page)
-            query = f"?{_quoted(parts.query, also='?')}" if parts.query else ""
-            url = f"{scheme}://{host}{'' if port == _PORTS[scheme] else f':{port}'}{_quoted(path)}{query}"
+            host, port = self._authority(parts)
+            url = _spelled(parts, host, port, self._path(parts, is_page=is_page))
             return Checked(url, host, "") if len(url) <= limit else Checked(url[:limit], host, "too_long")
         except _Refused as refused:
             return Checked(_shown(shown), "", str(refused))
@@ -76,28 +74,20 @@ class UrlFilter:
         raise _Refused("scheme" if scheme in ("data", "javascript", "blob") else "too_long")
 
     def _path(self, parts: SplitResult, *, is_page: bool) -> str:
-        path = parts.path or "/"
-        if "/." in path:
-            path = _without_dots(path)
+        path = _plain_path(parts)
         _, dot, suffix = path.rpartition("/")[2].rpartition(".")
         if not is_page and dot and suffix.lower() in self.config.blocked_suffixes:
             raise _Refused("blocked_suffix")
         return path
 
-    def _authority(self, parts: SplitResult) -> tuple[str, str, int]:
-        if parts.scheme not in _PORTS:
-            raise _Refused("scheme" if parts.scheme else "bad_url")
-        if "@" in parts.netloc:
+    def _authority(self, parts: SplitResult) -> tuple[str, int]:
+        if parts.scheme in _PORTS and "@" in parts.netloc:
             raise _Refused("userinfo")
-        match = _AUTHORITY_V6.fullmatch(parts.netloc) or _AUTHORITY.fullmatch(parts.netloc)
-        if match is None:
-            raise _Refused("bad_host" if parts.netloc else "bad_url")
-        host = _literal_v6(match[1]) if parts.netloc.startswith("[") else _name(match[1])
+        host, port = _host_and_port(parts)
         self._check_host(host)
-        port = int(match[2]) if match[2] else _PORTS[parts.scheme]
         if port not in self.config.ports:
             raise _Refused("port")
-        return parts.scheme, host, port
+        return host, port
 
     def _check_host(self, host: str) -> None:
         labels = host.split(".")
@@ -109,6 +99,24 @@ class UrlFilter:
             raise _Refused("forbidden_host")  # with allowed_addresses the names of an intranet are asked for, addresses decide
         if any(".".join(labels[start:]) in self.restricted for start in range(len(labels))):
             raise _Refused("restricted_domain")
+
+
+def plain_url(text: str) -> str:
+    """The spelling under which a crawl keeps an http or https URL, whether or not it may ask for it; anything else as it is."""
+    try:
+        parts = _split(text, "")
+        parts = parts._replace(netloc=parts.netloc.rpartition("@")[2])  # a password is kept nowhere
+        return _spelled(parts, *_host_and_port(parts), _plain_path(parts))
+    except _Refused:
+        return text
+
+
+def plain_host(text: str) -> str:
+    """A host name or an address as URLs of a crawl spell it. Raises DataError when it is neither."""
+    try:
+        return _literal_v6(text[1:-1]) if text[:1] == "[" and text[-1:] == "]" else _name(text)
+    except _Refused as refused:
+        raise DataError(f"{text[:200]!r} is not a host; write example.org") from refused
 
 
 def url_filter(config: UrlFilterConfig) -> UrlFilter:
@@ -150,6 +158,26 @@ def _split(text: str, base: str) -> SplitResult:
         return urlsplit(urljoin(base, plain))
     except ValueError as error:
         raise _Refused("bad_url") from error
+
+
+def _host_and_port(parts: SplitResult) -> tuple[str, int]:
+    if parts.scheme not in _PORTS:
+        raise _Refused("scheme" if parts.scheme else "bad_url")
+    match = _AUTHORITY_V6.fullmatch(parts.netloc) or _AUTHORITY.fullmatch(parts.netloc)
+    if match is None:
+        raise _Refused("bad_host" if parts.netloc else "bad_url")
+    host = _literal_v6(match[1]) if parts.netloc.startswith("[") else _name(match[1])
+    return host, int(match[2]) if match[2] else _PORTS[parts.scheme]
+
+
+def _spelled(parts: SplitResult, host: str, port: int, path: str) -> str:
+    query = f"?{_quoted(parts.query, also='?')}" if parts.query else ""
+    return f"{parts.scheme}://{host}{'' if port == _PORTS[parts.scheme] else f':{port}'}{_quoted(path)}{query}"
+
+
+def _plain_path(parts: SplitResult) -> str:
+    path = parts.path or "/"
+    return _without_dots(path) if "/." in path else path
 
 
 def _literal_v6(text: str) -> str:

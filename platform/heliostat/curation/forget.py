@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from heliostat.artifacts import DRAFT, RECORD, ArtifactRecord, ArtifactRef, ArtifactStore, describe
+from heliostat.claims import claim
 from heliostat.curation.forget_files import (
     Moves,
     blank_json,
@@ -38,7 +39,7 @@ from heliostat.curation.forget_plan import MANIFEST, Change, find_ids, plan_chan
 from heliostat.curation.ledger import LEDGER_INDEX
 from heliostat.data.quarantine import QUARANTINE
 from heliostat.errors import ObjectNotFoundError
-from heliostat.storage import Store, one_line_if_damaged
+from heliostat.storage import Store, one_line_if_damaged, remove_partial_writes
 
 __all__ = ["ForgetList", "ForgetReport", "Target", "forget", "parse_target", "read_forget_list"]
 
@@ -67,10 +68,19 @@ class ForgetReport:
     is_dry_run: bool
     unclean: tuple[str, ...] = field(default=())
 
+    @property
+    def has_found(self) -> bool:
+        """Whether the store had, or was found to have had, what was asked for."""
+        return bool(self.ids or self.changes)
+
     def lines(self) -> list[str]:
         """For people."""
         verb = "would be" if self.is_dry_run else "are"
         lines = [f"{len(self.ids)} images {verb} forgotten; the request is {self.target.digest[:12]} of the forget list"]
+        if not self.has_found:
+            lines.append(
+                "  nothing in the store has this name; `heliostat why` tells how a source is spelled. Later stages refuse it"
+            )
         for ref, change in self.changes.items():
             removed = f"{change.num_rows} rows, {len(change.files)} files changed"
             removed += f", {len(change.pages)} pages replaced" if change.pages else ""
@@ -92,6 +102,15 @@ def forget(
     Raises UsageError for a target that is none of these, DataError for first digits that begin no id or several.
     """
     wanted = resolve_prefix(artifacts, parse_target(target))
+    if is_dry_run:
+        return _forget(artifacts, wanted, is_dry_run=True, notify=notify)
+    with claim(artifacts.store, FORGOTTEN_LIST.rstrip("/"), "images are being forgotten", notify):
+        for ref in artifacts.list():
+            remove_partial_writes(artifacts.files(ref))  # what killed runs left, which may hold an image
+        return _forget(artifacts, wanted, is_dry_run=False, notify=notify)
+
+
+def _forget(artifacts: ArtifactStore, wanted: Target, *, is_dry_run: bool, notify: Callable[[str], None]) -> ForgetReport:
     store = artifacts.store
     key = request_key(wanted)
     plan_key = f"{FORGOTTEN_LIST}_work/{wanted.digest}.json"

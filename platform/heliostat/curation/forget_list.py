@@ -28,8 +28,11 @@ from heliostat.storage import Store
 
 FORGOTTEN_LIST = "forgotten/"
 Kind = Literal["id", "source", "domain"]
+_ID = rf"[0-9a-fA-F]{{{MIN_ID_PREFIX},64}}"
+_NEITHER = "{0!r} is neither an id, a URL nor a domain; write source:{0} for a name, domain:{0} for a host"
 _KINDS: tuple[Kind, ...] = ("id", "source", "domain")
-_DOMAIN = re.compile(r"(?=.{4,253}$)([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z][a-z0-9-]{1,62}")
+_DOMAIN = re.compile(r"(?=.{1,253}$)(?!-)[\w-]{1,63}(?<!-)(\.(?!-)[\w-]{1,63}(?<!-))*")
+_LITERAL = re.compile(r"\[[0-9a-f:.]{2,45}\]|[0-9]{1,3}(\.[0-9]{1,3}){3}")
 _HOST = r"^[a-zA-Z][a-zA-Z0-9+.-]*://(?:[^/?#@]*@)?(?P<host>\[[^\]]*\]|[^/?#:]*)"
 
 
@@ -55,28 +58,32 @@ def parse_target(text: str) -> Target:
     """What a person wrote: `id:`, `source:` or `domain:` and the rest, or the rest alone where it is plain which one is meant.
 
     Hexadecimal digits, 8 to 64 of them, are an id; what holds `://` or `/` or ends as an image file does is a source; a name
-    with dots is a domain. Raises UsageError for anything else.
+    with dots is a domain, and so is an address. Raises UsageError for anything else. Nothing is spelled anew but the case of
+    ids and domains: `runtime.review_verbs.spellings` knows how a crawl writes URLs.
     """
     kind, colon, rest = text.partition(":")
     for known in _KINDS:
         if colon and kind == known and rest:
             return _checked(Target(known, rest))
-    if re.fullmatch(rf"[0-9a-f]{{{MIN_ID_PREFIX},64}}", text):
-        return Target("id", text)
+    if re.fullmatch(_ID, text):
+        return Target("id", text.lower())
     if "/" in text or text.rpartition(".")[2].lower() in IMAGE_EXTENSIONS or "#" in text:
         return _checked(Target("source", text))
-    return _checked(Target("domain", text))
+    if "." in text or text.startswith("["):
+        return _checked(Target("domain", text))
+    raise UsageError(_NEITHER.format(text[:80]))
 
 
 def _checked(target: Target) -> Target:
-    if target.kind == "id" and not re.fullmatch(rf"[0-9a-f]{{{MIN_ID_PREFIX},64}}", target.text):
-        raise UsageError(f"{target.text[:80]!r} is no id; give {MIN_ID_PREFIX} to 64 hexadecimal digits")
+    if target.kind == "id":
+        if not re.fullmatch(_ID, target.text):
+            raise UsageError(f"{target.text[:80]!r} is no id; give {MIN_ID_PREFIX} to 64 hexadecimal digits")
+        return Target("id", target.text.lower())
     if target.kind == "domain":
         name = target.text.lower().rstrip(".")
-        if not _DOMAIN.fullmatch(name):
-            raise UsageError(
-                f"{target.text[:80]!r} is neither an id, a URL nor a domain; write source:{target.text[:80]} for a name"
-            )
+        is_name = _DOMAIN.fullmatch(name) and not name.rpartition(".")[2].isdecimal()
+        if not is_name and not _LITERAL.fullmatch(name):
+            raise UsageError(_NEITHER.format(target.text[:80]))
         return Target("domain", name)
     if not target.text:
         raise UsageError("nothing to forget was given; give an id, a URL or a domain")

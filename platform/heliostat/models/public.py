@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
+from heliostat.artifacts import RECORD, Artifact, ArtifactRecord
 from heliostat.config import StrictModel, validate
 from heliostat.errors import CheckpointError, ConfigError
 from heliostat.models.config import BackboneConfig
@@ -25,6 +27,7 @@ from heliostat.models.names import Layout, State, detect_layout, from_fair_names
 from heliostat.models.stored import BACKBONE, HEADS, MODEL_JSON, ModelInfo
 from heliostat.models.vit import VisionTransformer
 from heliostat.models.weights import check_state, read_weights, submodule_state
+from heliostat.storage import LocalStore
 
 M = TypeVar("M", bound=StrictModel)
 
@@ -148,8 +151,23 @@ def _read_file(path: Path) -> State:
     return dict(state)
 
 
+def _check_artifact(path: Path) -> None:
+    """Compare a folder that is one of our artifacts with its record. Raises ArtifactError."""
+    if (path / RECORD).is_file():
+        try:
+            record = ArtifactRecord.model_validate(_read_json(path / RECORD))
+        except ValidationError as error:
+            raise CheckpointError(
+                f"{path / RECORD} is damaged ({error.errors()[0]['msg']}); restore it, or remove it"
+            ) from error
+        model = Artifact(record, LocalStore(path))
+        for key in (MODEL_JSON, BACKBONE, HEADS):
+            model.read(key)
+
+
 def _read_folder(path: Path) -> _Found:
     if (path / MODEL_JSON).is_file():
+        _check_artifact(path)
         info = _validated(ModelInfo, _read_json(path / MODEL_JSON), str(path / MODEL_JSON))
         backbone = {f"backbone.{key}": tensor for key, tensor in read_weights(path / BACKBONE)[0].items()}
         heads = read_weights(path / HEADS)[0]

@@ -79,8 +79,8 @@ def model_files(info: ModelInfo, network: Mapping[str, Tensor], history: bytes) 
 
 
 def read_info(model: Artifact) -> ModelInfo:
-    """The model.json of a model artifact."""
-    return validate(ModelInfo, model.read_json(MODEL_JSON), f"{model.ref}/{MODEL_JSON}")
+    """The model.json of a model artifact. Raises ArtifactError when it is not what was committed."""
+    return validate(ModelInfo, json.loads(model.read(MODEL_JSON)), f"{model.ref}/{MODEL_JSON}")
 
 
 def read_backbone_files(files: Store, what: str) -> tuple[VisionTransformer, ModelInfo]:
@@ -89,17 +89,22 @@ def read_backbone_files(files: Store, what: str) -> tuple[VisionTransformer, Mod
     Nothing is drawn: torch's generator belongs to the training, which may go on in another thread.
     """
     info = validate(ModelInfo, json.loads(files.read(MODEL_JSON)), f"{what}/{MODEL_JSON}")
+    return _backbone_of(info, files.read(BACKBONE), what), info
+
+
+def _backbone_of(info: ModelInfo, weights: bytes, what: str) -> VisionTransformer:
     with torch.device("meta"):
         backbone = VisionTransformer(info.backbone)
     backbone.to_empty(device="cpu")
-    state = tensors_from_bytes(files.read(BACKBONE), f"{what}/{BACKBONE}")
+    state = tensors_from_bytes(weights, f"{what}/{BACKBONE}")
     load_state(backbone, from_fair_names(state), f"{what}/{BACKBONE}")
-    return backbone.eval().requires_grad_(False), info
+    return backbone.eval().requires_grad_(False)
 
 
 def read_backbone(model: Artifact) -> tuple[VisionTransformer, ModelInfo]:
-    """The backbone of a model artifact, in evaluation mode on the CPU."""
-    return read_backbone_files(model.files, str(model.ref))
+    """The backbone of a model artifact, in evaluation mode on the CPU. Raises ArtifactError when a file was changed since."""
+    info = read_info(model)
+    return _backbone_of(info, model.read(BACKBONE), str(model.ref)), info
 
 
 def open_backbone(name: str, *, store: str = "./heliostat-store") -> tuple[VisionTransformer, ModelInfo]:
@@ -109,7 +114,7 @@ def open_backbone(name: str, *, store: str = "./heliostat-store") -> tuple[Visio
 
 def read_states(model: Artifact) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The backbone's state without prefix, and the heads' (`dino_head.*`, `ibot_head.*`, `*_targets.*`), under our names."""
-    states = [from_fair_names(tensors_from_bytes(model.files.read(key), f"{model.ref}/{key}")) for key in (BACKBONE, HEADS)]
+    states = [from_fair_names(tensors_from_bytes(model.read(key), f"{model.ref}/{key}")) for key in (BACKBONE, HEADS)]
     return states[0], states[1]
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from heliostat.artifacts import WORK, Artifact, ArtifactRef, ArtifactStore, Draft
+from heliostat.artifacts import WORK, Artifact, ArtifactRef, ArtifactStore, Draft, clean
+from heliostat.claims import Claim, claim
 from heliostat.costs import add_costs, compute_costs, cost_text, read_attempts, share_costs
 from heliostat.errors import ArtifactNotFoundError, HeliostatError, PreemptedError, UsageError
 from heliostat.runtime.progress import Progress
@@ -124,15 +125,22 @@ def make_together(
     The work's summaries are kept in the drafts before the first commit, so that an interruption between two commits costs no
     work. Returns the artifacts under the names of the plans.
     """
-    found = {name: _begin(context, plan, stage) for name, plan in plans.items()}
-    drafts = {name: draft for name, draft in found.items() if isinstance(draft, Draft)}
     made: dict[str, Artifact] = {}
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
+        complete = {plan.ref: context.artifacts.find(plan.ref) for plan in plans.values()}
+        claims = [stack.enter_context(_claim(context, ref)) for ref, artifact in complete.items() if artifact is None]
+        for artifact in complete.values():
+            if artifact is not None:
+                _end_run_left_open(context, artifact)
+        found = {name: _begin(context, plan, stage) for name, plan in plans.items()}
+        drafts = {name: draft for name, draft in found.items() if isinstance(draft, Draft)}
         runs = {name: stack.enter_context(_run(context, draft, stage)) for name, draft in drafts.items()}
         waiting = {name: (draft, runs[name]) for name, draft in drafts.items() if "summary" not in draft.state}
         try:
             summaries = work(waiting) if waiting else {}
+            for held in claims:
+                held.check()
         except HeliostatError:
             rivals = _made_meanwhile(context, drafts)
             if rivals is None:
@@ -150,11 +158,13 @@ def make_together(
             context.progress.say(f"          {which}done in {time.monotonic() - started:.0f} s: {counts}")
             if made[name].record.costs:
                 context.progress.say(f"          {which}cost {cost_text(made[name].record.costs)}")
+    for artifact in made.values():
+        clean(artifact.files)
     return {name: artifact if isinstance(artifact, Artifact) else made[name] for name, artifact in found.items()}
 
 
 def _made_meanwhile(context: Context, drafts: Mapping[str, Draft]) -> dict[str, Artifact] | None:
-    """What another run of the same command finished while this one worked on it: its scratch is gone, and so is ours."""
+    """What another run of the same command finished while this one seemed dead: its scratch is gone, and so is ours."""
     rivals = {name: context.artifacts.find(draft.ref) for name, draft in drafts.items()}
     made = {name: one for name, one in rivals.items() if one is not None and one.record.fingerprint == drafts[name].fingerprint}
     if len(made) < len(drafts):
@@ -162,6 +172,19 @@ def _made_meanwhile(context: Context, drafts: Mapping[str, Draft]) -> dict[str, 
     for one in made.values():
         context.progress.say(f"          {one.ref} was finished by another run meanwhile; its result is used")
     return made
+
+
+def _claim(context: Context, ref: ArtifactRef) -> contextlib.AbstractContextManager[Claim]:
+    return claim(context.artifacts.store, str(ref), f"{ref} is being made", lambda text: context.progress.say(f"  {text}"))
+
+
+def _end_run_left_open(context: Context, artifact: Artifact) -> None:
+    """Close the tracker's run of an artifact whose maker was killed between the commit and the end of its run."""
+    run_id = str(context.artifacts.state_left(artifact).get("run_id", ""))
+    if run_id:
+        run = context.tracker.attach(run_id, lambda text: context.progress.say(f"  {text}"))
+        describe_lineage(run, context.artifacts, artifact)
+        run.finish("FINISHED")
 
 
 def _begin(context: Context, plan: Plan, stage: str) -> Artifact | Draft:
@@ -202,7 +225,11 @@ def _run(context: Context, draft: Draft, stage: str) -> Iterator[Run]:
 def _commit(draft: Draft) -> Artifact:
     summary = draft.state["summary"]
     return draft.commit(
-        counts=summary["counts"], metrics=summary["metrics"], costs=summary["costs"], code_version=code_version()
+        counts=summary["counts"],
+        metrics=summary["metrics"],
+        costs=summary["costs"],
+        code_version=code_version(),
+        keep_draft=True,  # it knows the run, which is still open
     )
 
 

@@ -1,18 +1,18 @@
 """What `heliostat why` and `heliostat what-if` find out about a curation."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from heliostat.artifacts import Artifact, ArtifactRef, ArtifactStore
-from heliostat.crawling.config import UrlFilterConfig
 from heliostat.crawling.reasons import REASONS
 from heliostat.crawling.tables import LINKS_SCHEMA, read_table
-from heliostat.crawling.urls import url_filter
+from heliostat.crawling.urls import plain_host, plain_url
 from heliostat.curation.copies_rows import COPIES_JSON
 from heliostat.curation.dedup import EDGES
+from heliostat.curation.forget_list import parse_target
 from heliostat.curation.ledger import MIN_ID_PREFIX
 from heliostat.curation.ledger_read import open_ledger
 from heliostat.curation.pool_facts import read_edges_above, read_pool_facts
@@ -65,10 +65,26 @@ def why(artifacts: ArtifactStore, name: str, image: str) -> list[str]:
 
 
 def _as_stored(image: str) -> str:
-    """An id in lower case, a URL as the crawl spells it, anything else as it is."""
-    if re.fullmatch(r"[0-9a-fA-F]{8,64}", image):
-        return image.lower()
-    return url_filter(UrlFilterConfig()).check(image).url if image.startswith(("http://", "https://")) else image
+    """An id in lower case, a URL as a crawl spells it, anything else as it is."""
+    return image.lower() if re.fullmatch(r"[0-9a-fA-F]{8,64}", image) else plain_url(image)
+
+
+def spellings(target: str) -> list[str]:
+    """What a person asked to forget in every spelling that a store may hold: as a crawl writes it, then as it was given.
+
+    target, and the results: as `curation.forget_list.parse_target` takes them. Raises UsageError.
+    """
+    found = parse_target(target)
+    spell: dict[str, Callable[[str], str]] = {"source": plain_url, "domain": _plain_host}
+    plain = spell[found.kind](found.text) if found.kind in spell else found.text
+    return [f"{found.kind}:{text}" for text in dict.fromkeys([plain, found.text])]
+
+
+def _plain_host(name: str) -> str:
+    try:
+        return plain_host(name)
+    except DataError:  # no crawl has such a host, a list of URLs may
+        return name
 
 
 def _joined_as_it_is(curated: Artifact, image: str) -> list[str]:

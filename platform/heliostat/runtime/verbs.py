@@ -93,9 +93,12 @@ def print_what_if(artifact: str, words: Sequence[str]) -> None:
 def forget_images(target: str, overrides: Sequence[str], *, dry_run: bool = False) -> None:
     """Remove an image, a URL or a domain from every artifact of a store, and remember not to take it again."""
     from heliostat.curation.forget import forget
+    from heliostat.runtime.review_verbs import spellings
 
-    report = forget(_store_of(overrides), target, is_dry_run=dry_run, notify=Progress().say)
-    print("\n".join(report.lines()))
+    artifacts = _store_of(overrides)
+    reports = [forget(artifacts, text, is_dry_run=dry_run, notify=Progress().say) for text in spellings(target)]
+    told = [report for report in reports if report.has_found] or reports[:1]
+    print("\n".join(line for report in told for line in report.lines()))
 
 
 def shard_recipe(source: str, overrides: Sequence[str]) -> Recipe:

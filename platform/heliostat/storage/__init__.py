@@ -39,6 +39,7 @@ __all__ = [
     "open_store",
     "read_json",
     "read_parquet",
+    "remove_partial_writes",
     "storage_statistics",
     "to_parquet",
 ]
@@ -71,3 +72,11 @@ def check_writable(store: Store) -> None:
     key = f"_work/write-probe-{os.getpid()}-{threading.get_ident()}"
     store.put(key, b"heliostat")
     store.delete(key)
+
+
+def remove_partial_writes(store: Store) -> int:
+    """Remove the hidden temporary files of writes that were killed, where nobody else writes; returns how many.
+
+    A bucket shows none: the pieces of an unfinished upload are removed by its lifecycle rule (docs/guides/storage.md).
+    """
+    return store.remove_partial_writes() if isinstance(store, LocalStore) else 0

@@ -84,15 +84,29 @@ class LocalStore:
                 os.unlink(temporary)
 
     def delete(self, key: str) -> None:
-        try:
-            self.path(key).unlink(missing_ok=True)
-        except (IsADirectoryError, NotADirectoryError):  # a folder is not an object, and a file has nothing below it
-            return
-        except OSError as error:
-            raise StorageError(f"cannot delete {self.path(key)}: {error.strerror}") from error
+        _remove(self.path(key))
+
+    def remove_partial_writes(self) -> int:
+        """Remove what writes that were killed left behind, hidden from `list`; returns how many. Nobody may be writing."""
+        found = 0
+        for folder, _, names in os.walk(self.uri):
+            for name in names:
+                if name.endswith(_TEMPORARY_SUFFIX):
+                    found += 1
+                    _remove(Path(folder, name))
+        return found
 
     def child(self, prefix: str) -> "LocalStore":
         return LocalStore(self._root / check_key(prefix))
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except (IsADirectoryError, NotADirectoryError):  # a folder is not an object, and a file has nothing below it
+        return
+    except OSError as error:
+        raise StorageError(f"cannot delete {path}: {error.strerror}") from error
 
 
 def _write_and_close(descriptor: int, data: bytes) -> None:

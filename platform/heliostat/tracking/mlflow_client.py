@@ -35,8 +35,9 @@ def open_client(uri: str) -> Any:
             warnings.simplefilter("ignore")
         import mlflow
 
-        for name in ("mlflow.store.db.utils", "alembic"):  # they tell of every table they create
-            logging.getLogger(name).setLevel(logging.WARNING)
+        if os.environ.get("HELIOSTAT_DEBUG") != "1":
+            logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of every table that it creates
+            logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # tracebacks of what `one_line` says
         client = mlflow.MlflowClient(tracking_uri=uri)
         if not _OPENED and uri.startswith("sqlite"):
             client.search_experiments(max_results=1)  # the first query sets up its tables' classes, with warnings
@@ -59,7 +60,7 @@ def one_line(uri: str) -> Iterator[None]:
     except TrackingError:
         raise
     except (MlflowException, SQLAlchemyError, OSError, ValueError) as error:  # ValueError: a URI that is none
-        text = " ".join(str(error).split())
+        text = " ".join(str(error).partition("[SQL:")[0].split())  # the statement holds every value that was to be written
         no_answer = re.search(r"Max retries exceeded.*Caused by (\w+)", text)
         reason = without_secrets(f"no answer ({no_answer[1]})" if no_answer else text[:300])
         message = f"MLflow at {without_secrets(uri)} failed: {reason}; set tracking.uri to a working store, or to none"

@@ -1,0 +1,124 @@
+"""Claims: one living owner at a time, dead ones keep nobody out, on this machine at once and on another after a wait."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from heliostat.claims import claim
+from heliostat.errors import ArtifactConflictError, StorageError
+from heliostat.storage import LocalStore
+
+KEY = "_claims/model/x@1.json"
+HOLD = """
+import sys, time
+from heliostat.claims import claim
+from heliostat.storage import LocalStore
+with claim(LocalStore(sys.argv[1]), "model/x@1", "model/x@1 is being made", print):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    return LocalStore(tmp_path)
+
+
+def hold(store: LocalStore, said: list[str] | None = None, **settings: float):
+    notify = said.append if said is not None else print
+    return claim(store, "model/x@1", "model/x@1 is being made", notify, **settings)
+
+
+def write_foreign(store: LocalStore, beat: int) -> None:
+    """A claim of a process on another machine."""
+    owner = {"token": "t", "host": "far", "machine": "far 1", "pid": 7, "started": 1.0, "beat": beat}
+    store.put(KEY, json.dumps(owner).encode())
+
+
+def test_a_claim_keeps_others_out_while_it_is_held(store: LocalStore) -> None:
+    refused = pytest.raises(
+        ArtifactConflictError, match=r"is being made by process \d+ on \S+, which is alive; wait for its end"
+    )
+    with hold(store), refused, hold(store):
+        pass
+    assert store.size(KEY) is None
+
+
+@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt])
+def test_a_claim_is_gone_when_its_work_fails(store: LocalStore, failure: type[BaseException]) -> None:
+    with pytest.raises(failure), hold(store):
+        raise failure
+    assert store.size(KEY) is None
+
+
+def test_a_claim_that_could_not_be_removed_does_not_keep_its_own_process_out(store: LocalStore) -> None:
+    with hold(store):
+        left = store.read(KEY)
+    store.put(KEY, left)
+    with hold(store):
+        pass
+
+
+def test_the_claim_of_a_killed_process_is_taken_at_once(store: LocalStore) -> None:
+    with subprocess.Popen([sys.executable, "-c", HOLD, store.uri], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(ArtifactConflictError, match=f"process {process.pid} on"), hold(store):
+            pass
+        process.kill()
+        process.wait()
+    said: list[str] = []
+    with hold(store, said):
+        pass
+    assert not said
+
+
+def test_a_process_of_the_same_number_that_began_at_another_time_is_not_the_owner(store: LocalStore) -> None:
+    with hold(store):
+        owner = json.loads(store.read(KEY))
+    store.put(KEY, json.dumps({**owner, "started": owner["started"] - 3600}).encode())
+    with hold(store):
+        pass
+
+
+def test_a_claim_of_another_machine_is_taken_when_it_gives_no_sign_of_life(store: LocalStore) -> None:
+    write_foreign(store, 3)
+    said: list[str] = []
+    with hold(store, said, patience_seconds=0.3):
+        pass
+    assert said == ["model/x@1 is being made by process 7 on far, or was; waiting 0 s for a sign of life"]
+
+
+def test_a_claim_of_another_machine_that_is_renewed_keeps_others_out(store: LocalStore) -> None:
+    write_foreign(store, 3)
+    threading.Timer(0.3, write_foreign, (store, 4)).start()
+    with pytest.raises(ArtifactConflictError, match="process 7 on far, which is alive"), hold(store, patience_seconds=20):
+        pass
+    assert json.loads(store.read(KEY))["host"] == "far"
+
+
+def test_a_claim_is_renewed(store: LocalStore) -> None:
+    with hold(store, beat_seconds=0.02):
+        end = time.monotonic() + 20
+        while json.loads(store.read(KEY))["beat"] < 3:
+            assert time.monotonic() < end
+
+
+def test_an_owner_that_was_taken_for_dead_finds_out_and_leaves_the_claim_to_the_other(store: LocalStore) -> None:
+    with hold(store) as mine:
+        mine.check()
+        write_foreign(store, 0)
+        with pytest.raises(ArtifactConflictError, match="by process 7 on far, because this run seemed dead for a while"):
+            mine.check()
+    assert json.loads(store.read(KEY))["host"] == "far"
+
+
+def test_a_damaged_claim_is_named_with_what_to_do(store: LocalStore) -> None:
+    store.put(KEY, b"{")
+    with pytest.raises(StorageError, match=r"x@1\.json is damaged .*; remove it if no run makes this version"), hold(store):
+        pass
