@@ -355,6 +355,14 @@ def compute_fingerprint(kind: str, config: Mapping[str, Any], input_fingerprints
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def check_files(artifact: Artifact, prefix: str) -> None:
+    """Raise ArtifactError where a file below `prefix` is gone: a listing would not show that one is missing."""
+    there = {entry.key for entry in artifact.files.list(prefix)}
+    gone = sorted(key for key in artifact.record.files if key.startswith(prefix) and key not in there)
+    if gone:
+        raise ArtifactError(f"{artifact.ref}: {gone[0]} is gone; restore the file, or remove the folder to make it again")
+
+
 def verify(artifact: Artifact) -> int:
     """Re-read every file and compare its checksum; returns the number of files. Raises ArtifactError on a mismatch."""
     for key in artifact.record.files:

@@ -157,7 +157,7 @@ def test_inputs_that_cannot_be_are_refused(tmp_path):
         find_copies(edges, pool, np.arange(19), limits(0.6), edge_floor=0.45, work=work, run=run_serially)
     with pytest.raises(DataError, match="not an order of the 20 images"):
         find_copies(edges, pool, np.zeros(20, np.int64), limits(0.6), edge_floor=0.45, work=work, run=run_serially)
-    with pytest.raises(UsageError, match=r"threshold 0.4 is below 0.45"):
+    with pytest.raises(UsageError, match=r"threshold 0.4 is below join.edge_floor 0.45"):
         components_at(edges, np.arange(20), limits(0.4), edge_floor=0.45)
     less = ArrayVectors(planted(20, 8), kept=np.zeros(20, np.bool_))
     with pytest.raises(DataError, match="which has no vector"):

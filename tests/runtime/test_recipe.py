@@ -257,3 +257,22 @@ def test_a_verb_sets_the_keys_of_its_own_section_and_a_whole_recipe_those_of_any
     assert recipe.dedup.evaluation == {"val": "raw/val@1"}
     assert recipe.curate.retrieval.mode == "sample"
     assert read_recipe("own.yaml", ("crawl.contact=a@b.example", "ingest.pool=''")).crawl is not None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("dedup.copies.threshold=-1", "dedup.copies.threshold -1 is below dedup.join.edge_floor 0.5"),
+        ("dedup.join.edge_floor=0.9", "dedup.copies.threshold 0.74 is below dedup.join.edge_floor 0.9"),
+        ("dedup.previous=copies/photos@1", "dedup.previous=copies/photos@1 is what this recipe makes"),
+        ("curate.balance.target_images=0", "target_images 0 keeps no image; give 1 or more"),
+    ],
+)
+def test_thresholds_that_dedup_would_refuse_at_its_end_are_refused_before_anything_runs(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_recipe("vits14", ("ingest.pool=s3://bucket/images", "name=photos", override))
+
+
+def test_thresholds_are_not_compared_where_copies_are_not_looked_for() -> None:
+    overrides = ("ingest.pool=s3://bucket/images", "dedup.copies.threshold=-1", "dedup.copies.enabled=false")
+    assert read_recipe("vits14", overrides).dedup is not None

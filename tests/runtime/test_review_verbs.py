@@ -17,7 +17,7 @@ from heliostat.curation.ledger_facts import LedgerFacts
 from heliostat.curation.ledger_write import write_ledger
 from heliostat.curation.pool import Pool, read_columns
 from heliostat.curation.tasks import run_serially
-from heliostat.errors import ArtifactNotFoundError, DataError, UsageError
+from heliostat.errors import ArtifactError, ArtifactNotFoundError, DataError, StorageError, UsageError
 from heliostat.runtime.ledger_rows import PoolRows
 from heliostat.runtime.review_verbs import curations, spellings, what_would_be, why
 from heliostat.storage import LocalStore
@@ -55,7 +55,9 @@ def curate(artifacts: ArtifactStore, folder: Path, name: str, **settings: object
         entry.key: LocalStore(folder / f"{name}-dedup").read(entry.key)
         for entry in LocalStore(folder / f"{name}-dedup").list("edges/")
     }
-    facts = json.dumps({"statistics": dict(found.statistics)}).encode()
+    facts = json.dumps(
+        {"causes": [], "counts": [], "settings": {}, "evaluation_sets": [], "statistics": dict(found.statistics)}
+    ).encode()
     copies = commit(artifacts, f"copies/{name}@1", {COPIES_JSON: facts, **edges}, {})
     ledger, rows = LocalStore(folder / f"{name}-ledger"), found.rows
     told = LedgerFacts(
@@ -209,6 +211,35 @@ def test_without_edges_nothing_can_be_asked(tmp_path: Path) -> None:
     curate(artifacts, tmp_path, "plain", copies={"enabled": False})
     with pytest.raises(UsageError, match=r"copies/plain@1 has no edges: copies were not looked for \(dedup.copies.enabled"):
         what_would_be(artifacts, "", ["dup_threshold=0.7"])
+
+
+def test_edges_that_are_gone_and_facts_that_are_damaged_are_named(tmp_path: Path) -> None:
+    artifacts = ArtifactStore(LocalStore(tmp_path / "store"))
+    curate(artifacts, tmp_path, "one")
+    files = artifacts.files(ArtifactRef.parse("copies/one@1"))
+    key = next(entry.key for entry in files.list("edges/"))
+    data = files.read(key)
+    files.delete(key)
+    with pytest.raises(ArtifactError, match=f"copies/one@1: {key} is gone; restore the file, or remove the folder"):
+        what_would_be(artifacts, "", ["dup_threshold=0.8"])
+    files.put(key, data)
+    for damaged in (b"[]", b"{", b'{"statistics": 3}'):
+        files.put(COPIES_JSON, damaged)
+        with pytest.raises(StorageError, match=r"copies.json is damaged .*; restore it, or remove the folder"):
+            what_would_be(artifacts, "", ["dup_threshold=0.8"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["foo=3"], "what-if knows no foo; ask about dup_threshold, decontamination_threshold, max_nsfw_score, min_sim"),
+        (["dup_threshold=0.7", "dup_threshold=0.8"], "dup_threshold is given twice; give it once, or as a range"),
+        (["dup_threshold=2"], "'dup_threshold=2' is not key=number"),
+    ],
+)
+def test_a_question_that_cannot_be_meant_is_refused(store, words: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        what_would_be(store[0], "", words)
 
 
 @pytest.mark.parametrize(

@@ -48,8 +48,9 @@ def test_metrics_that_trials_will_have_pass(overrides: list[str]) -> None:
             ["sweep.metric=online/rankme", "sweep.asha={grace_steps: 2}", "sweep.overrides={online.every_steps: 8}"],
             r"sweep\.asha can stop nothing: online/rankme comes every 8 steps",
         ),
+        (["sweep.metric=train/loss"], r"train/loss is better when it is lower, and sweep.mode is max; set sweep.mode=min"),
         (
-            ["sweep.metric=train/loss", "sweep.asha={grace_steps: 2}", "pretrain.train.log_every_steps=9"],
+            ["sweep.metric=train/loss", "sweep.mode=min", "sweep.asha={grace_steps: 2}", "pretrain.train.log_every_steps=9"],
             r"lower train\.log_every_steps",
         ),
     ],

@@ -203,7 +203,9 @@ def check_inputs(num_rows: int, quality_rank: NDArray[np.int64], threshold: floa
     if not seen.all():
         raise DataError(f"quality_rank is not an order of the {num_rows} images; use each of 0 to {num_rows - 1} once")
     if threshold < edge_floor:
-        raise UsageError(f"threshold {threshold} is below {edge_floor}, from which on edges are stored; raise it or join again")
+        raise UsageError(
+            f"copies.threshold {threshold:g} is below join.edge_floor {edge_floor:g}, from which on edges are stored; raise it"
+        )
 
 
 def _alone(num_rows: int) -> CopyResult:

@@ -196,8 +196,7 @@ def _hex(facts: PoolFacts, row: np.int64) -> str:
 def _changed(facts: PoolFacts, overrides: Mapping[str, float], edge_floor: float) -> dict[str, float | None]:
     """The settings with the overrides. Raises UsageError for what the stored facts cannot answer."""
     for key, value in overrides.items():
-        if key not in KEYS:
-            raise UsageError(f"what-if knows no {key}; ask about {', '.join(KEYS)}")
+        _check_key(key)
         if key != "max_nsfw_score" and value < edge_floor:
             raise UsageError(
                 f"{key}={value} is below {edge_floor}, where stored similarities begin; dedup with a lower edge_floor"
@@ -215,6 +214,10 @@ def parse_overrides(words: Sequence[str]) -> list[dict[str, float]]:
     settings = [dict[str, float]()]
     for word in words:
         key, equals, text = word.partition("=")
+        if equals:
+            _check_key(key)
+        if key in settings[0]:
+            raise UsageError(f"{key} is given twice; give it once, or as a range {key}=0.6..0.8")
         low, dots, high = text.partition("..")
         try:
             values = np.linspace(float(low), float(high), _SWEEP_STEPS).round(6).tolist() if dots else [float(low)]
@@ -226,6 +229,11 @@ def parse_overrides(words: Sequence[str]) -> list[dict[str, float]]:
     if len(settings) > _SWEEP_STEPS:
         raise UsageError("only one key can have a range; give single values for the others")
     return settings
+
+
+def _check_key(key: str) -> None:
+    if key not in KEYS:
+        raise UsageError(f"what-if knows no {key[:80]}; ask about {', '.join(KEYS)}")
 
 
 def sweep_lines(results: Sequence[WhatIf]) -> list[str]:

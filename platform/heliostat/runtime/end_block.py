@@ -68,10 +68,10 @@ def _words_of(following: str, recipe_name: str, stage: str, overrides: Sequence[
 
 
 def _model(context: Context, last: Artifact) -> Artifact | None:
-    """The model to show: what was made, or what the release or the report is of."""
+    """The model to show: what was made, or what the release or the report is of. A sweep makes none."""
     if last.ref.kind == "model":
         return last
-    if last.ref.kind not in ("report", "release", "sweep"):
+    if last.ref.kind not in ("report", "release"):
         return None
     ref = ArtifactRef.parse(last.record.inputs["model"]) if "model" in last.record.inputs else context.recipe.ref("model")
     return context.artifacts.find(ref)

@@ -234,6 +234,11 @@ class Recipe(StrictModel):
         if self.dedup is not None:
             check_kind("dedup.features", self.dedup.features, "features")
             check_kind("dedup.previous", self.dedup.previous, "copies")
+            if self.dedup.previous == str(self.ref("copies")):
+                raise ValueError(
+                    f"dedup.previous={self.dedup.previous} is what this recipe makes; name the copies of the crawl before, and "
+                    "give version=... for the new ones"
+                )
             check_set_names(self.dedup.evaluation, "dedup.evaluation")
             for name, artifact in self.dedup.evaluation.items():
                 check_kind(f"dedup.evaluation.{name}", artifact, "raw")
@@ -243,6 +248,22 @@ class Recipe(StrictModel):
             for name, one in self.curate.retrieval.sets.items():
                 check_kind(f"curate.retrieval.sets.{name}.artifact", one.artifact, "raw")
         self.embedded_sets()
+        return self
+
+    @model_validator(mode="after")
+    def _check_what_would_be_refused_at_the_end(self) -> Self:
+        """Found now rather than after everything is embedded. Of features that are an artifact the embedder is not known."""
+        if self.curate is not None and self.curate.balance.target_images == 0:
+            raise ValueError("curate.balance.target_images 0 keeps no image; give 1 or more, or all")
+        if self.dedup is None or self.embed is None or self.dedup.features or not self.dedup.copies.enabled:
+            return self
+        embedder = self.embed.copy_embedder
+        threshold, floor = self.dedup.copies.limits(embedder).threshold, self.dedup.join.resolved(embedder).floor
+        if threshold < floor:
+            raise ValueError(
+                f"dedup.copies.threshold {threshold:g} is below dedup.join.edge_floor {floor:g}, from which on similar pairs "
+                "are stored; raise the threshold or lower the floor"
+            )
         return self
 
     @model_validator(mode="after")

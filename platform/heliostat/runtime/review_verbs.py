@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from heliostat.artifacts import Artifact, ArtifactRef, ArtifactStore
+from heliostat.artifacts import Artifact, ArtifactRef, ArtifactStore, check_files
 from heliostat.crawling.reasons import REASONS
 from heliostat.crawling.tables import LINKS_SCHEMA, read_table
 from heliostat.crawling.urls import plain_host, plain_url
-from heliostat.curation.copies_rows import COPIES_JSON
+from heliostat.curation.copies_rows import read_facts
 from heliostat.curation.dedup import EDGES
 from heliostat.curation.forget_list import parse_target
 from heliostat.curation.ledger import MIN_ID_PREFIX
@@ -128,10 +128,11 @@ def what_would_be(artifacts: ArtifactStore, name: str, words: Sequence[str]) -> 
     asked = parse_overrides(words)
     curated = curations(artifacts, name)[0]
     copies = artifacts.load(ArtifactRef.parse(curated.record.inputs["copies"]))
-    join = copies.read_json(COPIES_JSON)["statistics"].get("join")
+    join = read_facts(copies)["statistics"].get("join")
     if join is None:
         raise UsageError(f"{copies.ref} has no edges: copies were not looked for (dedup.copies.enabled=false)")
     facts = read_pool_facts(open_ledger(curated.files))
+    check_files(copies, EDGES)
     edges = read_edges_above(copies.files, EDGES, join["floor"])
     results = [what_if(facts, edges, one, edge_floor=join["floor"]) for one in asked]
     return [

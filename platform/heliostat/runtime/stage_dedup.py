@@ -4,8 +4,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from heliostat.artifacts import WORK, Artifact, ArtifactRef, Draft
-from heliostat.curation.copies_rows import COPIES_JSON, CopiesRows, decisions_of, read_copies_rows
+from heliostat.artifacts import WORK, Artifact, ArtifactRef, Draft, check_files
+from heliostat.curation.copies_rows import COPIES_JSON, CopiesRows, decisions_of, read_copies_rows, read_facts
 from heliostat.curation.dedup import EDGES, DedupInputs, Deduplicated, dedup
 from heliostat.curation.forget_list import read_forget_list
 from heliostat.curation.ledger import Decisions
@@ -55,7 +55,8 @@ def open_copies(context: Context, artifact: Artifact) -> CopiesArtifact:
     """A copies artifact and everything that its rows point to. Raises ArtifactNotFoundError for what is gone."""
     features = features_chain(context, artifact)
     raws = tuple(context.load(ArtifactRef.parse(one.record.inputs["raw"])) for one in features)
-    facts = artifact.read_json(COPIES_JSON)
+    facts = read_facts(artifact)
+    check_files(artifact, EDGES)
     sets = {
         name: context.load(ArtifactRef.parse(artifact.record.inputs[f"evaluation_{name}"])) for name in facts["evaluation_sets"]
     }

@@ -43,6 +43,8 @@ def check_metric(recipe: Recipe, sweep: SweepConfig, config: PretrainConfig) -> 
         near = difflib.get_close_matches(metric, usable, n=1)
         hint = f"Did you mean {near[0]}?" if near else "docs/reference/metrics.md lists those of online/ and train/"
         raise ConfigError(f"sweep.metric={metric}: trials are not compared by that. {hint}")
+    if "loss" in metric and sweep.mode != "min":
+        raise ConfigError(f"sweep.metric={metric} is better when it is lower, and sweep.mode is max; set sweep.mode=min")
     if is_online(sweep) and not config.online.enabled:
         raise ConfigError(
             f"sweep.metric={metric} comes from the evaluation while training, and online.enabled is false; set it to true"

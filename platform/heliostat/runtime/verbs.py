@@ -12,7 +12,7 @@ import yaml
 from heliostat.artifacts import Artifact, ArtifactRef, ArtifactStore
 from heliostat.config import apply_overrides, find_recipe, shipped_recipes, validate
 from heliostat.costs import cost_text
-from heliostat.errors import UsageError
+from heliostat.errors import ArtifactError, ArtifactNotFoundError, UsageError
 from heliostat.lineage import lineage, render_lineage, render_page, total_costs
 from heliostat.runtime.pipelines import Context
 from heliostat.runtime.progress import Progress
@@ -50,11 +50,18 @@ def _store_of(overrides: Sequence[str]) -> ArtifactStore:
 
 def print_artifacts(overrides: Sequence[str]) -> None:
     """List the complete artifacts of a store."""
-    artifacts = _store_of(overrides)
+    artifacts, damaged = _store_of(overrides), 0
     for ref in artifacts.list():
-        record = artifacts.load(ref).record
+        try:
+            record = artifacts.load(ref).record
+        except ArtifactError as error:
+            damaged += 1
+            print(f"{ref!s:40} damaged: {error}")
+            continue
         counts = ", ".join(f"{value:,} {name}" for name, value in record.counts.items())
         print(f"{ref!s:40} {record.created}  {counts}")
+    if damaged:
+        raise ArtifactError(f"{damaged} records are damaged, see above; restore them, or remove their folders")
 
 
 def print_lineage(artifact: str, overrides: Sequence[str], *, html: str = "") -> None:
@@ -156,6 +163,7 @@ def run_recipe(name: str, overrides: Sequence[str], *, stage: str = "", dry_run:
     started = time.monotonic()
     with closing(Context(recipe, progress)) as context:
         _check_sets(context, stages)
+        _check_previous(context, stages)
         last = None
         for each in stages:
             last = run_stage(context, each)
@@ -211,6 +219,16 @@ def _check_sets(context: Context, stages: Sequence[str]) -> None:
         own = {str(recipe.ref("raw", f"-{each}")): each for each in SETS}.get(raw)
         fix = f"give ingest.{own}=... or an artifact that is there" if own else "make it first, or name one that is there"
         raise UsageError(f"the recipe uses a set {name}, and there is no {raw} in {recipe.store}; {fix}")
+
+
+def _check_previous(context: Context, stages: Sequence[str]) -> None:
+    """Refuse, before any stage runs, an earlier crawl's copies that are not there. Raises ArtifactNotFoundError."""
+    previous = context.recipe.dedup.previous if context.recipe.dedup is not None and "dedup" in stages else ""
+    if previous and context.artifacts.find(ArtifactRef.parse(previous)) is None:
+        raise ArtifactNotFoundError(
+            f"dedup.previous={previous}: no such artifact in {context.recipe.store}; name one that `heliostat artifacts` "
+            "lists, or leave dedup.previous out"
+        )
 
 
 def _recipe(name: str, overrides: Sequence[str], stage: str) -> tuple[Recipe, "list[Choice]"]:
