@@ -26,7 +26,6 @@ from heliostat.errors import (
     ArtifactConflictError,
     ArtifactError,
     ArtifactNotFoundError,
-    ObjectNotFoundError,
     StorageError,
     UsageError,
 )
@@ -306,7 +305,7 @@ def test_a_flipped_byte_is_found(artifacts: ArtifactStore) -> None:
     ):
         verify(artifact)
     artifact.files.delete("shard-1")
-    with pytest.raises(ObjectNotFoundError, match="shard-1"):
+    with pytest.raises(ArtifactError, match="curated/photos@1: shard-1 is gone; restore the file"):
         verify(artifact)
 
 

@@ -381,3 +381,29 @@ def test_a_name_with_an_equals_sign_can_be_asked_about() -> None:
     assert parse(["why", "curated/a@1", "a=b.png", "store=x"]).words == ("curated/a@1", "a=b.png")
     assert parse(["forget", "a=b.png"]).words == ("a=b.png",)
     assert parse(["why", "x", "stroe=y"]).overrides == ("stroe=y",)  # refused later, by its name
+
+
+@pytest.mark.parametrize("words", [("--html", "store=/tmp/x"), ("--html=",)])
+def test_a_page_without_a_file_is_refused(capsys: pytest.CaptureFixture[str], words: tuple[str, ...]) -> None:
+    status, error = refused(capsys, "lineage", "model/x@1", *words)
+    assert status == 2
+    assert "--html needs a file" in error
+
+
+def test_artifacts_that_hold_no_images_are_refused_as_data(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, error = refused(capsys, "pretrain", "laptop", "data=model/x@1", f"store={tmp_path}")
+    assert status == 2
+    assert error == "heliostat: data=model/x@1 holds no images to train on; name curated/NAME@VERSION or raw/NAME@VERSION\n"
+
+
+def test_a_damaged_record_does_not_hide_the_others(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    artifacts = ArtifactStore(LocalStore(tmp_path))
+    for name in ("a", "b"):
+        artifacts.begin(ArtifactRef("raw", name, "1"), config={}, inputs={}, notify=print).commit(counts={"images": 3})
+    (tmp_path / "raw/a@1/artifact.json").write_text("{")
+    assert main(["artifacts", f"store={tmp_path}"]) == 1
+    said = capsys.readouterr()
+    assert "raw/a@1" in said.out
+    assert "damaged" in said.out.splitlines()[0]
+    assert "3 images" in said.out.splitlines()[1]
+    assert said.err == "heliostat: 1 records are damaged, see above; restore them, or remove their folders\n"

@@ -34,6 +34,7 @@ DRAFT = "draft.json"
 WORK = "_work/"
 CHECKPOINT = re.compile(r"(^|/)_work/checkpoints/.*/checkpoint\.json$")
 """The file that makes a checkpoint of a training run visible: such a run is never thrown away because a setting changed."""
+_RESTORE = "restore the file, or remove the folder to make it again"
 KINDS = ("raw", "features", "copies", "curated", "model", "report", "release", "sweep")
 _REF = re.compile(r"^(?P<kind>[a-z]+)/(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)@(?P<version>[A-Za-z0-9][A-Za-z0-9._-]*)$")
 
@@ -106,8 +107,11 @@ class Artifact:
         return self.record.ref
 
     def read(self, key: str) -> bytes:
-        """The content of one file. Raises ArtifactError when it is not what was committed."""
-        data = self.files.read(key)
+        """The content of one file. Raises ArtifactError when it is not what was committed, or gone."""
+        try:
+            data = self.files.read(key)
+        except ObjectNotFoundError as error:
+            raise ArtifactError(f"{self.ref}: {key} is gone; {_RESTORE}") from error
         _compare(self.record, key, describe(data))
         return data
 
@@ -360,7 +364,7 @@ def check_files(artifact: Artifact, prefix: str) -> None:
     there = {entry.key for entry in artifact.files.list(prefix)}
     gone = sorted(key for key in artifact.record.files if key.startswith(prefix) and key not in there)
     if gone:
-        raise ArtifactError(f"{artifact.ref}: {gone[0]} is gone; restore the file, or remove the folder to make it again")
+        raise ArtifactError(f"{artifact.ref}: {gone[0]} is gone; {_RESTORE}")
 
 
 def verify(artifact: Artifact) -> int:
@@ -377,5 +381,5 @@ def _compare(record: ArtifactRecord, key: str, found: FileRecord) -> None:
     if found != expected:
         raise ArtifactError(
             f"{record.ref}: {key} is damaged, it has {found.num_bytes} bytes, sha256 {found.sha256[:12]}; recorded "
-            f"{expected.num_bytes} bytes, {expected.sha256[:12]}; restore the file, or remove the folder to make it again"
+            f"{expected.num_bytes} bytes, {expected.sha256[:12]}; {_RESTORE}"
         )

@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("verb", metavar="VERB", help="what to do, see below")
     parser.add_argument("words", nargs="*", metavar="RECIPE | key=value", help="a recipe, and settings that override it")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and what it will cost, then stop")
-    parser.add_argument("--html", metavar="FILE", default="", help="lineage: also write a page with a drawing")
+    parser.add_argument("--html", metavar="FILE", default=None, help="lineage: also write a page with a drawing")
     parser.add_argument("--debug", action="store_true", help="show tracebacks and the logs of workers")
     parser.add_argument("--version", action="version", version=f"heliostat {__version__}")
     return parser
@@ -90,10 +90,17 @@ def parse(arguments: Sequence[str]) -> Request:
     about_images = options.verb in ("why", "forget")  # whose names may hold the sign
     is_override = _is_store if about_images else _is_override
     words = tuple(word for word in options.words if not is_override(word))
-    if options.html and options.verb != "lineage":
-        raise UsageError(f"--html belongs to heliostat lineage, not to {options.verb}; leave it out")
+    if options.html is not None:
+        _check_html(options.verb, options.html)
     overrides = tuple(word for word in options.words if is_override(word))
-    return Request(options.verb, words, overrides, options.dry_run, options.html)
+    return Request(options.verb, words, overrides, options.dry_run, options.html or "")
+
+
+def _check_html(verb: str, file: str) -> None:
+    if verb != "lineage":
+        raise UsageError(f"--html belongs to heliostat lineage, not to {verb}; leave it out")
+    if not file or _is_store(file):
+        raise UsageError(f"--html needs a file, got {file or 'nothing'}; write --html lineage.html")
 
 
 def _is_override(word: str) -> bool:

@@ -82,7 +82,7 @@ def test_a_trial_has_the_shared_overrides_its_own_and_no_phases() -> None:
     ("section", "message"),
     [
         ({}, "nothing varies; give grid, ablation or space"),
-        ({"grid": {KOLEO: []}}, "at least 1 item"),
+        ({"grid": {KOLEO: []}}, f"{KOLEO} has no values; give a list of some"),
         ({"grid": {KOLEO: [0.1]}, "search": "optuna"}, "search=optuna is about draws from a space, and there is none"),
         ({"grid": {KOLEO: [0.1]}, "num_trials": 4}, "num_trials=4 is about draws from a space"),
         ({"grid": {KOLEO: [0.1]}, "space": {KOLEO: [0.1]}}, "space and grid are both given"),
@@ -130,3 +130,9 @@ def test_a_sweep_that_makes_no_sense_is_refused_in_one_line(section, message: st
 def test_what_no_trial_could_be_is_refused_before_any_starts(section, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         trial_configs(settings(), sweep(**section))
+
+
+def test_a_range_of_a_key_that_takes_whole_numbers_says_how_to_draw_them() -> None:
+    section = sweep(space={"student.depth": {"low": 1, "high": 5}}, num_trials=2)
+    with pytest.raises(ConfigError, match=r"student.depth takes whole numbers; write integer: true in sweep.space"):
+        trial_configs(settings(), section)

@@ -7,7 +7,7 @@ from typing import Any
 from heliostat.artifacts import Artifact, ArtifactRef, Draft
 from heliostat.data.quarantine import QUARANTINE, Rejection, quarantine_to_bytes
 from heliostat.errors import DataError
-from heliostat.models.stored import teacher_state
+from heliostat.models.stored import read_info, teacher_state
 from heliostat.runtime.banner import TrainingFacts, indented, training_banner
 from heliostat.runtime.online_images import draw_images
 from heliostat.runtime.pipelines import Context, Plan, Summary, config_of, make_together
@@ -25,7 +25,7 @@ from heliostat.training.recipe import (
     teacher_heads,
 )
 from heliostat.training.run import FrozenTeacher, TrainingJob
-from heliostat.training.start import StartingWeights, check_fit, fit_backbone
+from heliostat.training.start import StartingWeights, check_fit, check_heads, fit_backbone
 
 # What changes speed, safety or place but not the result. Names of other artifacts enter through the inputs' fingerprints.
 NOT_IN_FINGERPRINT = (
@@ -110,6 +110,7 @@ def _teacher(context: Context, config: DistillConfig, images: TrainingData) -> W
     """The teacher with heads: the artifact, the public weights, or these after heads were trained on them."""
     source = open_weights(context, config.teacher or str(context.recipe.ref("model")))
     if source.artifact is not None:
+        check_heads(source.what, read_info(source.artifact), config.method)
         return source
     weights = source.read()
     if weights.has_heads:

@@ -1,7 +1,7 @@
 """The section `sweep` of a recipe: which settings its trials have, how they are compared, how many run at once."""
 
 import json
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -54,13 +54,15 @@ class AshaConfig(StrictModel):
     """One trial in so many goes on at each halving, and the steps to the next one grow by the same factor."""
 
 
-Choices = Annotated[tuple[Value, ...], Field(min_length=1)]
+Choices = tuple[Value, ...]
 
 
-def _refuse_twice(key: str, values: RangeConfig | tuple[Value, ...]) -> None:
+def _check_choices(key: str, values: RangeConfig | Choices) -> None:
     """Equal trials would count as repeats, and repeats are a key train.seed with several values."""
     if isinstance(values, RangeConfig):
         return
+    if not values:
+        raise ValueError(f"{key} has no values; give a list of some, or remove it")
     seen: set[tuple[bool, Value]] = set()
     for value in values:
         if (isinstance(value, bool), value) in seen:  # 1 and 1.0 are one value, 1 and true are two
@@ -113,7 +115,7 @@ class SweepConfig(StrictModel):
             if not self.space and value != type(self).model_fields[name].default:
                 raise ValueError(f"{name}={value} is about draws from a space, and there is none; give space or remove {name}")
         for key, values in [*self.grid.items(), *self.space.items()]:
-            _refuse_twice(key, values)
+            _check_choices(key, values)
         names = [step.name for step in self.ablation]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:

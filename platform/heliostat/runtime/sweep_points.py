@@ -123,7 +123,13 @@ def trial_config(base: PretrainConfig, sweep: SweepConfig, overrides: Mapping[st
     """
     plain = base.model_dump(mode="json") | {"phases": []}
     words = [f"{key}={json.dumps(value)}" for key, value in {**sweep.overrides, **overrides}.items()]
-    return validate(PretrainConfig, apply_overrides(plain, words), "sweep")
+    try:
+        return validate(PretrainConfig, apply_overrides(plain, words), "sweep")
+    except ConfigError as error:
+        for key, entry in sweep.space.items():
+            if isinstance(entry, RangeConfig) and f"{key}=" in str(error) and "valid integer" in str(error):
+                raise ConfigError(f"sweep: {key} takes whole numbers; write integer: true in sweep.space.{key}") from error
+        raise
 
 
 def check_keys(sweep: SweepConfig) -> None:

@@ -14,9 +14,11 @@ from heliostat.data.image_table import image_table
 from heliostat.data.manifest import read_manifest
 from heliostat.data.quarantine import Rejection
 from heliostat.data.shard_reader import ShardReader
-from heliostat.errors import DataError
+from heliostat.errors import DataError, UsageError
 from heliostat.runtime.pipelines import Context
 from heliostat.training.trainer import DATA_REVISIONS
+
+_OF_IMAGES = ("curated", "raw")
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,9 @@ def training_data(context: Context, data: str | Mapping[str, float]) -> Training
         kind = "curated" if context.recipe.curate is not None or context.recipe.ingest is None else "raw"
         return TrainingData((context.load(context.recipe.ref(kind)),), (1.0,))
     named = {data: 1.0} if isinstance(data, str) else data
+    for name in named:
+        if ArtifactRef.parse(name).kind not in _OF_IMAGES:
+            raise UsageError(f"data={name} holds no images to train on; name curated/NAME@VERSION or raw/NAME@VERSION")
     return TrainingData(tuple(context.load(ArtifactRef.parse(name)) for name in named), tuple(named.values()))
 
 

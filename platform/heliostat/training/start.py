@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from heliostat.errors import CheckpointError
-from heliostat.models.config import BackboneConfig
+from heliostat.models.config import BackboneConfig, HeadConfig
 from heliostat.models.names import State
+from heliostat.models.stored import ModelInfo
 from heliostat.models.weights import fit_pos_embed, load_state, submodule_state
+from heliostat.training.config import MethodConfig
 from heliostat.training.method import Network
 
 
@@ -60,6 +62,31 @@ def check_fit(what: str, theirs: BackboneConfig, ours: BackboneConfig) -> None:
         if found != wanted:
             key = "mlp_ratio" if name == "mlp_hidden_dim" else name
             raise CheckpointError(f"student.{name} is {wanted}, {what} has {found}; set student.{key} to fit the weights")
+
+
+_HEAD_KEYS = {"out_dim": "head_n_prototypes"}  # every other field is named in the method as in HeadConfig, after "head_"
+
+
+def check_heads(what: str, teacher: ModelInfo, method: MethodConfig) -> None:
+    """Raise CheckpointError that names the first setting in which heads of a distillation differ from those of its teacher."""
+    ours: dict[str, tuple[HeadConfig, HeadConfig]] = {"dino": (method.dino.head, teacher.dino_head)}
+    if method.ibot.loss_weight > 0:
+        is_separate = method.ibot.separate_head
+        if is_separate != (teacher.ibot_head is not None):
+            has = "has none" if is_separate else "has one"
+            raise CheckpointError(
+                f"distill.method.ibot.separate_head is {str(is_separate).lower()}, and {what} {has}; "
+                f"set distill.method.ibot.separate_head={str(not is_separate).lower()}"
+            )
+        if teacher.ibot_head is not None:
+            ours["ibot"] = (method.ibot.head, teacher.ibot_head)
+    for section, (wanted, found) in ours.items():
+        for name in HeadConfig.model_fields:
+            if getattr(wanted, name) != getattr(found, name):
+                key = f"distill.method.{section}.{_HEAD_KEYS.get(name, f'head_{name}')}"
+                raise CheckpointError(
+                    f"{key} is {getattr(wanted, name)}, {what} has {getattr(found, name)}; set {key}={getattr(found, name)}"
+                )
 
 
 def fit_backbone(start: StartingWeights, config: BackboneConfig) -> StartingWeights:
