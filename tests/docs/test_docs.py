@@ -204,7 +204,7 @@ def test_the_commands_in_a_recipe_s_comments_work_and_its_advice_for_fewer_gpus_
         ("heliostat lineage demo", UsageError),
         ("heliostat why model/demo@1 crops/coffee/000001.png", AssertionError),
         ("heliostat what-if curated/demo@1", AssertionError),
-        ("heliostat what-if curated/demo@1 threshold=0.7", AssertionError),
+        ("heliostat what-if curated/demo@1 threshold=0.7", UsageError),
         ("heliostat what-if demo dup_threshold=0.7", UsageError),
         ("heliostat forget anything", UsageError),
         ("heliostat forget example.org dup_threshold=0.7", AssertionError),
