@@ -1,5 +1,6 @@
 """Claims: one living owner at a time, dead ones keep nobody out, on this machine at once and on another after a wait."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -92,6 +93,31 @@ def test_a_claim_of_another_machine_is_taken_when_it_gives_no_sign_of_life(store
     with hold(store, said, patience_seconds=0.3):
         pass
     assert said == ["model/x@1 is being made by process 7 on far, or was; waiting 0 s for a sign of life"]
+
+
+def test_of_two_that_take_over_one_dead_claim_one_is_refused(store: LocalStore) -> None:
+    """The later has read the dead claim before the earlier took it, and removes that one's instead."""
+    end = threading.Event()
+
+    def live() -> None:
+        for beat in itertools.count(5):
+            write_foreign(store, beat)
+            if end.wait(0.05):
+                return
+
+    rival = threading.Thread(target=live)
+
+    class Early(LocalStore):
+        def delete(self, key: str) -> None:
+            super().delete(key)
+            rival.start()
+
+    write_foreign(store, 3)
+    early = claim(Early(store.uri), "model/x@1", "model/x@1 is being made", print, patience_seconds=2)
+    with pytest.raises(ArtifactConflictError, match="process 7 on far, which is alive"), early:
+        pass
+    end.set()
+    rival.join()
 
 
 def test_a_claim_of_another_machine_that_is_renewed_keeps_others_out(store: LocalStore) -> None:

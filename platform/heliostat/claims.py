@@ -31,6 +31,8 @@ PATIENCE_SECONDS = 45.0
 """A claim of another machine that was not renewed for so long is dead: four beats and a half."""
 _held: set[str] = set()
 """Tokens of this process: a claim that could not be removed, because the store was lost, keeps nobody out for long."""
+_RELEASE_SECONDS = 15.0  # a store that is lost shall not hold up the end of a run for long
+_SETTLE_SECONDS = 0.3  # of two that take over one dead claim the earlier finds that the later has removed its own
 _SAME_START_SECONDS = 10.0  # two processes of one number cannot begin so soon after each other; clocks may be set meanwhile
 
 
@@ -86,9 +88,11 @@ class Claim:
             )
 
     def release(self) -> None:
-        """Remove it, unless it is another's by now."""
+        """Remove it, unless it is another's by now. Raises StorageError."""
         self._end.set()
-        self._thread.join()
+        self._thread.join(_RELEASE_SECONDS)
+        if self._thread.is_alive():
+            raise StorageError(f"{self._store.uri} has not answered for {_RELEASE_SECONDS:.0f} s")
         owner = _read(self._store, self._key)
         if owner is not None and owner.token == self._owner.token:
             self._store.delete(self._key)
@@ -121,13 +125,18 @@ def claim(
     Raises ArtifactConflictError where another run that lives holds it.
     """
     key = f"{CLAIMS}{what}.json"
-    owner = Owner.here()
+    owner, is_takeover = Owner.here(), False
     while True:
         try:
             store.put(key, owner.to_bytes(), overwrite=False)
-            break
         except ObjectExistsError:
             rival = _read(store, key)
+        else:
+            if is_takeover:
+                time.sleep(_SETTLE_SECONDS)
+            rival = _read(store, key)
+            if rival is not None and rival.token == owner.token:
+                break
         if rival is None:
             continue
         if rival.machine == _machine():
@@ -140,6 +149,7 @@ def claim(
                 f"{doing} by {rival}, which is alive; wait for its end, or stop it: the same command goes on from there"
             )
         store.delete(key)
+        is_takeover = True
     _held.add(owner.token)
     held = Claim(store, key, doing, owner, beat_seconds)
     try:
@@ -179,6 +189,8 @@ def _runs_here(owner: Owner) -> bool:
         return is_same and bool(process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
+    except psutil.AccessDenied:  # it is there, and another user's
+        return True
 
 
 def _machine() -> str:

@@ -15,7 +15,7 @@ from tiny_training import SHARD, Log, Stop, StopAfter, final_files, job, setting
 from heliostat.data.image_source import ImageSource
 from heliostat.data.image_table import image_table
 from heliostat.data.shards import manifest_rows
-from heliostat.errors import CheckpointError, DataError, NonFiniteLossError, StorageError
+from heliostat.errors import ArtifactConflictError, CheckpointError, DataError, NonFiniteLossError, StorageError
 from heliostat.metrics import METRICS
 from heliostat.storage import LocalStore, Store
 from heliostat.training.checkpoint import complete_steps, read_rejections
@@ -87,6 +87,16 @@ def test_a_run_that_finished_training_but_not_its_files_only_writes_them(whole, 
     assert log.said == ["resuming at step 8 of 8"]
     assert log.metrics == []
     assert final_files(tmp_path) == final_files(before)
+
+
+def test_a_run_that_wakes_up_after_another_has_finished_leaves_its_files_alone(tmp_path: Path, tar: bytes) -> None:
+    work = job(tmp_path, settings(), tar)
+    work.files.put("artifact.json", b"the other's")
+    work.files.put("history.jsonl", b"the other's")
+    with pytest.raises(ArtifactConflictError, match="was finished by another run meanwhile; its files are left as they are"):
+        train(work)
+    assert work.files.read("history.jsonl") == b"the other's"
+    assert work.files.size("backbone.safetensors") is None
 
 
 def test_a_damaged_newest_checkpoint_costs_steps_and_not_the_result(whole, tmp_path: Path, tar: bytes) -> None:

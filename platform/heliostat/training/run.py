@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from heliostat.artifacts import RECORD
 from heliostat.data.image_source import ImageSource
 from heliostat.data.loading import BatchLoader, Loading
 from heliostat.data.masking import MaskSettings
+from heliostat.errors import ArtifactConflictError
 from heliostat.models.config import BackboneConfig
 from heliostat.models.stored import model_files
 from heliostat.storage import Store
@@ -213,6 +215,8 @@ def run_training(
         rows = [{key: value for key, value in row.items() if key != "model"} for row in history if row.get("model", "") == name]
         text = "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows).encode()
         files = job.outputs.get(name, job.files)
+        if files.size(RECORD) is not None:
+            raise ArtifactConflictError(f"{files.uri} was finished by another run meanwhile; its files are left as they are")
         info = model_info(job.config, job.config.backbones[name], steps=job.config.train.steps)
         for key, data in model_files(info, state, text).items():
             files.put(key, data)
