@@ -206,12 +206,12 @@ def describe(data: bytes) -> FileRecord:
 
 
 def clean(files: Store, *, keep_draft: bool = False) -> None:
-    """Remove the scratch of a committed artifact (what an interrupted commit left is removed too)."""
+    """Remove the scratch of a committed artifact (what an interrupted commit left is removed too); draft.json last."""
+    remove_partial_writes(files)
     for entry in list(files.list(WORK)):
         files.delete(entry.key)
     if not keep_draft:
         files.delete(DRAFT)
-    remove_partial_writes(files)
 
 
 def _draft_bytes(fingerprint: str, settings: Mapping[str, Any], state: Mapping[str, Any]) -> bytes:
@@ -313,7 +313,8 @@ class ArtifactStore:
         found = self.find(ref)
         if found is not None:
             _refuse_change(found.record, fingerprint, _settings(plain_config, inputs))
-            clean(found.files)
+            if found.files.size(DRAFT) is not None or any(found.files.list(WORK)):
+                clean(found.files)
             return found
         files = self.files(ref)
         settings = _settings(plain_config, inputs)

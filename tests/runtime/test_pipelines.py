@@ -1,6 +1,7 @@
 """`make`: an artifact is made once, taken up again after a failure, and refused under changed settings."""
 
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,12 @@ def test_a_second_run_of_one_version_is_refused_while_the_first_lives_and_no_fil
     assert not list(context.artifacts.store.list("_claims/"))
 
 
+def lose_claim(context: Context) -> None:
+    """Another run has taken over."""
+    owner = {"token": "t", "host": "far", "machine": "far 1", "pid": 7, "started": "1"}
+    context.artifacts.store.put("_claims/raw/numbers@1.json", json.dumps(owner).encode())
+
+
 def test_a_run_that_seemed_dead_takes_the_result_of_the_one_that_took_over(context: Context, stream: io.StringIO) -> None:
     """It wakes up late: its claim was taken and its version committed."""
 
@@ -121,10 +128,10 @@ def test_a_run_that_seemed_dead_takes_the_result_of_the_one_that_took_over(conte
 
 def test_a_run_that_lost_its_claim_commits_nothing(context: Context) -> None:
     def overtaken(draft: Draft, run_of_it: Run) -> Summary:
-        context.artifacts.store.delete("_claims/raw/numbers@1.json")
+        lose_claim(context)
         return Counting()(draft, run_of_it)
 
-    with pytest.raises(ArtifactConflictError, match="seemed dead for a while"):
+    with pytest.raises(ArtifactConflictError, match="by process 7 on far, because this run seemed dead for a while"):
         run(context, overtaken, size=1)
     assert context.artifacts.find(REF) is None
 

@@ -8,6 +8,7 @@ import pytest
 from made_features import DIMENSION, made_features, near
 
 from heliostat.artifacts import Artifact, ArtifactRef, ArtifactStore
+from heliostat.crawling.reasons import REASONS
 from heliostat.crawling.tables import LINKS_SCHEMA, links_key, table_to_bytes, text_table
 from heliostat.curation.config import DedupConfig
 from heliostat.curation.copies_rows import COPIES_JSON
@@ -83,6 +84,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> tuple[ArtifactStore, dict
     links = [
         ["https://a.example/1.svg", "https://p.example/", "a", None, "", "blocked_suffix"],
         ["https://a.example/2.png", "", "", None, "noai", ""],
+        ["http://A.example:8080/c d.pdf", "https://p.example/", "a", None, "", "port"],
         ["https://a.example/3.png", "", "", None, "", ""],
     ]
     commit(artifacts, "raw/web@1", {f"crawl/{links_key(0)}": table_to_bytes(text_table(links, LINKS_SCHEMA))}, {})
@@ -139,6 +141,11 @@ def test_a_copy_names_the_image_that_stays_for_it(store) -> None:
             "https://a.example/2.png",
             "https://a.example/2.png was found by the crawl raw/web@1 and never fetched: opt_out "
             "(another page opts out of its use).",
+        ),
+        (
+            "http://A.example:8080/c d.pdf",
+            "http://A.example:8080/c d.pdf was found by the crawl raw/web@1 on https://p.example/ and never fetched: port "
+            f"({REASONS['port'].meaning}).",
         ),
     ],
 )

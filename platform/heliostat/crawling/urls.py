@@ -102,7 +102,7 @@ class UrlFilter:
 
 
 def plain_url(text: str) -> str:
-    """The spelling under which a crawl keeps an http or https URL, whether or not it may ask for it; anything else as it is."""
+    """The spelling of an http or https URL for a crawl that may ask for anything; what is no such URL stays as it is."""
     try:
         parts = _split(text, "")
         parts = parts._replace(netloc=parts.netloc.rpartition("@")[2])  # a password is kept nowhere

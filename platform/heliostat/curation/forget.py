@@ -104,10 +104,15 @@ def forget(
     wanted = resolve_prefix(artifacts, parse_target(target))
     if is_dry_run:
         return _forget(artifacts, wanted, is_dry_run=True, notify=notify)
-    with claim(artifacts.store, FORGOTTEN_LIST.rstrip("/"), "images are being forgotten", notify):
-        for ref in artifacts.list():
-            remove_partial_writes(artifacts.files(ref))  # what killed runs left, which may hold an image
-        return _forget(artifacts, wanted, is_dry_run=False, notify=notify)
+    with claim(artifacts.store, FORGOTTEN_LIST.rstrip("/"), "images are being forgotten", notify) as alone:
+        for folder in (FORGOTTEN_LIST.rstrip("/"), *map(str, artifacts.list())):
+            remove_partial_writes(artifacts.store.child(folder))  # what killed runs left, which may hold an image or its name
+
+        def tell(words: str) -> None:
+            alone.check()  # before each step
+            notify(words)
+
+        return _forget(artifacts, wanted, is_dry_run=False, notify=tell)
 
 
 def _forget(artifacts: ArtifactStore, wanted: Target, *, is_dry_run: bool, notify: Callable[[str], None]) -> ForgetReport:
@@ -183,6 +188,7 @@ def _apply(artifacts: ArtifactStore, plan: Mapping[str, Change], target: Target,
         notify(words)
         for ref, change in plan.items():
             step(artifacts.files(ArtifactRef.parse(ref)), change, moves)
+    notify("records are brought up to date")
     for ref, change in plan.items():
         if change.files or change.shards or change.moves or change.pages:
             _revise(artifacts, ArtifactRef.parse(ref), change, target)

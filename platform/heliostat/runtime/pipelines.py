@@ -11,7 +11,7 @@ from typing import Any
 from heliostat.artifacts import WORK, Artifact, ArtifactRef, ArtifactStore, Draft, clean
 from heliostat.claims import Claim, claim
 from heliostat.costs import add_costs, compute_costs, cost_text, read_attempts, share_costs
-from heliostat.errors import ArtifactNotFoundError, HeliostatError, PreemptedError, UsageError
+from heliostat.errors import ArtifactConflictError, ArtifactNotFoundError, HeliostatError, PreemptedError, UsageError
 from heliostat.runtime.progress import Progress
 from heliostat.runtime.recipe import Recipe
 from heliostat.runtime.run_description import code_version, describe_lineage, describe_result, describe_start, tags_of
@@ -139,8 +139,7 @@ def make_together(
         waiting = {name: (draft, runs[name]) for name, draft in drafts.items() if "summary" not in draft.state}
         try:
             summaries = work(waiting) if waiting else {}
-            for held in claims:
-                held.check()
+            _check_alone(context, claims, drafts)
         except HeliostatError:
             rivals = _made_meanwhile(context, drafts)
             if rivals is None:
@@ -161,6 +160,15 @@ def make_together(
     for artifact in made.values():
         clean(artifact.files)
     return {name: artifact if isinstance(artifact, Artifact) else made[name] for name, artifact in found.items()}
+
+
+def _check_alone(context: Context, claims: Sequence[Claim], drafts: Mapping[str, Draft]) -> None:
+    """Before a commit: raises ArtifactConflictError where another run has taken over, or has even finished."""
+    for held in claims:
+        held.check()
+    for draft in drafts.values():
+        if context.artifacts.find(draft.ref) is not None:
+            raise ArtifactConflictError(f"{draft.ref} was finished by another run meanwhile; run the command again to use it")
 
 
 def _made_meanwhile(context: Context, drafts: Mapping[str, Draft]) -> dict[str, Artifact] | None:

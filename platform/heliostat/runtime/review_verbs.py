@@ -1,15 +1,17 @@
 """What `heliostat why` and `heliostat what-if` find out about a curation."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from heliostat.artifacts import Artifact, ArtifactRef, ArtifactStore, check_files
+from heliostat.crawling.config import UrlFilterConfig
 from heliostat.crawling.reasons import REASONS
 from heliostat.crawling.tables import LINKS_SCHEMA, read_table
-from heliostat.crawling.urls import plain_host, plain_url
+from heliostat.crawling.urls import plain_host, plain_url, url_filter
 from heliostat.curation.copies_rows import read_facts
 from heliostat.curation.dedup import EDGES
 from heliostat.curation.forget_list import parse_target
@@ -41,32 +43,50 @@ def curations(artifacts: ArtifactStore, name: str) -> list[Artifact]:
 def why(artifacts: ArtifactStore, name: str, image: str) -> list[str]:
     """The story of an image in sentences, in every curation that knows it. Raises DataError when none does."""
     lines, found = list[str](), curations(artifacts, name)
-    image = _as_stored(image)
+    names = _spellings_of_source(image)
+    if _is_id(image):
+        names = list(dict.fromkeys([image.lower(), image]))
     for curated in found:
-        try:
-            story = explain(open_ledger(curated.files), image)
-        except DataError as error:
-            if joined := _joined_as_it_is(curated, image):
-                lines += joined
-                continue
-            if len(found) == 1:
-                if refused := _refused_links(artifacts, image):
-                    return refused
-                raise
-            if "give more digits" in str(error):
-                raise
-            continue
-        lines += ([f"{curated.ref}:"] if len(found) > 1 else []) + story
-    lines = lines or _refused_links(artifacts, image)
+        story = _story(curated, names)
+        if story is not None:
+            lines += [f"{curated.ref}:"] if len(found) > 1 and not story.is_joined else []
+            lines += story.lines
+    lines = lines or next((told for one in names if (told := _refused_links(artifacts, one))), [])
+    if not lines and len(found) == 1:
+        return explain(open_ledger(found[0].files), image)  # which refuses it, and says among how many rows
     if not lines:
-        names = ", ".join(str(one.ref) for one in found)
-        raise DataError(f"no image with id or source {image!r} in {names}")
+        raise DataError(f"no image with id or source {image!r} in {', '.join(str(one.ref) for one in found)}")
     return lines
 
 
-def _as_stored(image: str) -> str:
-    """An id in lower case, a URL as a crawl spells it, anything else as it is."""
-    return image.lower() if re.fullmatch(r"[0-9a-fA-F]{8,64}", image) else plain_url(image)
+class _Story(NamedTuple):
+    """is_joined: from the manifest, of an image that never was in the pool."""
+
+    lines: list[str]
+    is_joined: bool
+
+
+def _story(curated: Artifact, names: Sequence[str]) -> _Story | None:
+    """What one curation says of the first of the names that it knows. Raises DataError for too few digits of an id."""
+    for name in names:
+        try:
+            return _Story(explain(open_ledger(curated.files), name), is_joined=False)
+        except DataError as error:
+            if "give more digits" in str(error):
+                raise
+        if joined := _joined_as_it_is(curated, name):
+            return _Story(joined, is_joined=True)
+    return None
+
+
+def _is_id(text: str) -> bool:
+    return re.fullmatch(r"[0-9a-fA-F]{8,64}", text) is not None
+
+
+def _spellings_of_source(source: str) -> list[str]:
+    """As a crawl keeps a URL that it asks for, as it keeps one that it refuses, and as it was given."""
+    refused = url_filter(UrlFilterConfig()).check(source).url if "://" in source else source
+    return list(dict.fromkeys([plain_url(source), refused, source]))
 
 
 def spellings(target: str) -> list[str]:
@@ -75,9 +95,12 @@ def spellings(target: str) -> list[str]:
     target, and the results: as `curation.forget_list.parse_target` takes them. Raises UsageError.
     """
     found = parse_target(target)
-    spell: dict[str, Callable[[str], str]] = {"source": plain_url, "domain": _plain_host}
-    plain = spell[found.kind](found.text) if found.kind in spell else found.text
-    return [f"{found.kind}:{text}" for text in dict.fromkeys([plain, found.text])]
+    names = [found.text]
+    if found.kind == "source":
+        names = _spellings_of_source(found.text)
+    elif found.kind == "domain":
+        names = list(dict.fromkeys([_plain_host(found.text), found.text]))
+    return [f"{found.kind}:{text}" for text in names]
 
 
 def _plain_host(name: str) -> str:

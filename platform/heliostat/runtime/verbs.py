@@ -12,7 +12,7 @@ import yaml
 from heliostat.artifacts import Artifact, ArtifactRef, ArtifactStore
 from heliostat.config import apply_overrides, find_recipe, shipped_recipes, validate
 from heliostat.costs import cost_text
-from heliostat.errors import ArtifactError, ArtifactNotFoundError, UsageError
+from heliostat.errors import ArtifactError, UsageError
 from heliostat.lineage import lineage, render_lineage, render_page, total_costs
 from heliostat.runtime.pipelines import Context
 from heliostat.runtime.progress import Progress
@@ -223,12 +223,8 @@ def _check_sets(context: Context, stages: Sequence[str]) -> None:
 
 def _check_previous(context: Context, stages: Sequence[str]) -> None:
     """Refuse, before any stage runs, an earlier crawl's copies that are not there. Raises ArtifactNotFoundError."""
-    previous = context.recipe.dedup.previous if context.recipe.dedup is not None and "dedup" in stages else ""
-    if previous and context.artifacts.find(ArtifactRef.parse(previous)) is None:
-        raise ArtifactNotFoundError(
-            f"dedup.previous={previous}: no such artifact in {context.recipe.store}; name one that `heliostat artifacts` "
-            "lists, or leave dedup.previous out"
-        )
+    if "dedup" in stages and context.recipe.dedup is not None and context.recipe.dedup.previous:
+        context.load(ArtifactRef.parse(context.recipe.dedup.previous))
 
 
 def _recipe(name: str, overrides: Sequence[str], stage: str) -> tuple[Recipe, "list[Choice]"]:
