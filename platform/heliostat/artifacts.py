@@ -23,8 +23,8 @@ from heliostat.errors import (
     ArtifactConflictError,
     ArtifactError,
     ArtifactNotFoundError,
-    ObjectExistsError,
     ObjectNotFoundError,
+    StorageError,
     UsageError,
 )
 from heliostat.storage import Store, read_json, remove_partial_writes
@@ -184,7 +184,9 @@ class Draft:
         )
         try:
             self.files.put(RECORD, (record.model_dump_json(indent=1) + "\n").encode(), overwrite=False)
-        except ObjectExistsError:
+        except StorageError:  # another was first, and may have removed the temporary file of this write
+            if self.files.size(RECORD) is None:
+                raise
             winner = _load_record(self.files, self.ref)
             _refuse_change(winner, self.fingerprint, _settings(self.config, self.inputs))
             record = winner
