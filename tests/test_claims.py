@@ -109,7 +109,7 @@ def test_the_claim_of_a_killed_process_is_taken_at_once(store: LocalStore) -> No
 def test_a_process_of_the_same_number_that_began_at_another_time_is_not_the_owner(store: LocalStore) -> None:
     with hold(store):
         owner = json.loads(store.read(KEY))
-    store.put(KEY, json.dumps({**owner, "pid": os.getppid()}).encode())
+    store.put(KEY, json.dumps({**owner, "pid": os.getppid(), "started": "1"}).encode())
     with hold(store):
         pass
 
@@ -154,7 +154,7 @@ def test_a_third_that_was_faster_is_not_thrown_out(store: LocalStore) -> None:
 
     with hold(store):
         left = json.loads(store.read(KEY))
-    store.put(KEY, json.dumps({**left, "pid": os.getppid()}).encode())
+    store.put(KEY, json.dumps({**left, "pid": os.getppid(), "started": "1"}).encode())
     third = hold(store)
     try:
         first = claim(Slow(store.uri), "model/x@1", "model/x@1 is being made", print)
@@ -174,7 +174,7 @@ def test_of_two_that_take_over_one_dead_claim_one_is_refused(store: LocalStore) 
 
     with hold(store):
         left = json.loads(store.read(KEY))
-    store.put(KEY, json.dumps({**left, "pid": os.getppid()}).encode())
+    store.put(KEY, json.dumps({**left, "pid": os.getppid(), "started": "1"}).encode())
     early = claim(Early(store.uri), "model/x@1", "model/x@1 is being made", print, patience_seconds=60)
     refused = pytest.raises(ArtifactConflictError, match="process 7 on far, which is alive")
     with doing_again_and_again(lambda beat: beat_of_foreign(store, beat)), refused, early:

@@ -115,9 +115,9 @@ class Artifact:
         _compare(self.record, key, describe(data))
         return data
 
-    def read_json(self, key: str) -> Any:
-        """Parse one JSON file of the artifact."""
-        return read_json(self.files, key, lambda plain: plain, f"restore it, or remove the folder to make {self.ref} again")
+    def read_json(self, key: str, parse: Callable[[Any], Any] = lambda plain: plain) -> Any:
+        """What `parse` makes of one JSON file of the artifact. Raises StorageError where it is damaged."""
+        return read_json(self.files, key, parse, f"restore it, or remove the folder to make {self.ref} again")
 
 
 @dataclass

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from heliostat.artifacts import Artifact
 from heliostat.curation.ledger import Decisions, StageCount
 from heliostat.errors import DataError
-from heliostat.storage import Store, read_json, read_parquet, to_parquet
+from heliostat.storage import Store, read_parquet, to_parquet
 
 # Shapes: N rows of the pool.
 
@@ -102,14 +102,15 @@ def decisions_of(rows: CopiesRows, causes: list[list[str]], counts: list[list[An
 
 def read_facts(copies: Artifact) -> dict[str, Any]:
     """copies.json: causes, counts, settings, evaluation_sets, statistics. Raises StorageError when it is damaged."""
+    facts: dict[str, Any] = copies.read_json(COPIES_JSON, _facts_of)
+    return facts
 
-    def parse(plain: Any) -> dict[str, Any]:
-        return {
-            "causes": list(plain["causes"]),
-            "counts": list(plain["counts"]),
-            "settings": dict(plain["settings"]),
-            "evaluation_sets": list(plain["evaluation_sets"]),
-            "statistics": dict(plain["statistics"]),
-        }
 
-    return read_json(copies.files, COPIES_JSON, parse, f"restore it, or remove the folder to make {copies.ref} again")
+def _facts_of(plain: Any) -> dict[str, Any]:
+    return {
+        "causes": list(plain["causes"]),
+        "counts": list(plain["counts"]),
+        "settings": dict(plain["settings"]),
+        "evaluation_sets": list(plain["evaluation_sets"]),
+        "statistics": dict(plain["statistics"]),
+    }

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from heliostat.curation.ledger import MIN_ID_PREFIX
+from heliostat.curation.ledger import MIN_ID_PREFIX, is_id
 from heliostat.curation.ledger_facts import hex_to_ids
 from heliostat.curation.ledger_keys import hash_strings, id_heads
 from heliostat.data.shard_image import IMAGE_EXTENSIONS, ShardImage
@@ -28,7 +28,6 @@ from heliostat.storage import Store
 
 FORGOTTEN_LIST = "forgotten/"
 Kind = Literal["id", "source", "domain"]
-_ID = rf"[0-9a-fA-F]{{{MIN_ID_PREFIX},64}}"
 _NEITHER = "{0!r} is neither an id, a URL nor a domain; write source:{0} for a name, domain:{0} for a host"
 _KINDS: tuple[Kind, ...] = ("id", "source", "domain")
 _DOMAIN = re.compile(r"(?=.{1,253}$)(?!-)[\w-]{1,63}(?<!-)(\.(?!-)[\w-]{1,63}(?<!-))*")
@@ -65,7 +64,7 @@ def parse_target(text: str) -> Target:
     for known in _KINDS:
         if colon and kind == known and rest:
             return _checked(Target(known, rest))
-    if re.fullmatch(_ID, text):
+    if is_id(text):
         return Target("id", text.lower())
     if "/" in text or text.rpartition(".")[2].lower() in IMAGE_EXTENSIONS or "#" in text:
         return _checked(Target("source", text))
@@ -76,7 +75,7 @@ def parse_target(text: str) -> Target:
 
 def _checked(target: Target) -> Target:
     if target.kind == "id":
-        if not re.fullmatch(_ID, target.text):
+        if not is_id(target.text):
             raise UsageError(f"{target.text[:80]!r} is no id; give {MIN_ID_PREFIX} to 64 hexadecimal digits")
         return Target("id", target.text.lower())
     if target.kind == "domain":

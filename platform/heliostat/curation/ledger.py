@@ -10,6 +10,7 @@ Stages judge, the ledger records. Each stage counts what it was given and what i
 `check_funnel` compares the two, and fails when an image disappears without a reason.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -27,6 +28,12 @@ MIN_ID_PREFIX = 8  # hexadecimal digits
 LEDGER = "ledger/"
 LEDGER_SOURCES = "ledger_sources/"
 LEDGER_INDEX = "ledger/index.json"
+
+
+def is_id(text: str) -> bool:
+    """Whether a person may mean an image's id or its first digits, in capitals or not."""
+    return re.fullmatch(rf"[0-9a-fA-F]{{{MIN_ID_PREFIX},64}}", text) is not None
+
 
 RETRIEVED_BY = pa.list_(
     pa.struct(

@@ -125,8 +125,6 @@ def make_together(
     The work's summaries are kept in the drafts before the first commit, so that an interruption between two commits costs no
     work. Returns the artifacts under the names of the plans.
     """
-    made: dict[str, Artifact] = {}
-    started = time.monotonic()
     with contextlib.ExitStack() as stack:
         complete = {plan.ref: context.artifacts.find(plan.ref) for plan in plans.values()}
         claims = [stack.enter_context(_claim(context, ref)) for ref, artifact in complete.items() if artifact is None]
@@ -135,6 +133,22 @@ def make_together(
                 _end_run_left_open(context, artifact)
         found = {name: _begin(context, plan, stage) for name, plan in plans.items()}
         drafts = {name: draft for name, draft in found.items() if isinstance(draft, Draft)}
+        made = _work_alone(context, drafts, claims, stage=stage, work=work)
+        return {name: one if isinstance(one, Artifact) else made[name] for name, one in found.items()}
+
+
+def _work_alone(
+    context: Context,
+    drafts: Mapping[str, Draft],
+    claims: Sequence[Claim],
+    *,
+    stage: str,
+    work: Callable[[Mapping[str, tuple[Draft, Run]]], Mapping[str, Summary]],
+) -> dict[str, Artifact]:
+    """Fill the drafts and commit them, each with an open run; under claims, which are checked before the first commit."""
+    made: dict[str, Artifact] = {}
+    started = time.monotonic()
+    with contextlib.ExitStack() as stack:
         runs = {name: stack.enter_context(_run(context, draft, stage)) for name, draft in drafts.items()}
         waiting = {name: (draft, runs[name]) for name, draft in drafts.items() if "summary" not in draft.state}
         try:
@@ -144,7 +158,7 @@ def make_together(
             rivals = _made_meanwhile(context, drafts)
             if rivals is None:
                 raise
-            return {name: artifact if isinstance(artifact, Artifact) else rivals[name] for name, artifact in found.items()}
+            return rivals
         costs = _costs(context, [drafts[name] for name in summaries])
         for name, one in summaries.items():
             drafts[name].remember(summary={"counts": dict(one.counts), "metrics": dict(one.metrics), "costs": costs})
@@ -153,13 +167,13 @@ def make_together(
             made[name] = _commit(draft)
             describe_lineage(runs[name], context.artifacts, made[name])
             counts = ", ".join(f"{value:,} {what}" for what, value in made[name].record.counts.items())
-            which = f"{draft.ref} " if len(plans) > 1 else ""
+            which = f"{draft.ref} " if len(drafts) > 1 else ""
             context.progress.say(f"          {which}done in {time.monotonic() - started:.0f} s: {counts}")
             if made[name].record.costs:
                 context.progress.say(f"          {which}cost {cost_text(made[name].record.costs)}")
     for artifact in made.values():
-        clean(artifact.files)
-    return {name: artifact if isinstance(artifact, Artifact) else made[name] for name, artifact in found.items()}
+        clean(artifact.files)  # after the ends of the runs, whose ids the drafts remember
+    return made
 
 
 def _check_alone(context: Context, claims: Sequence[Claim], drafts: Mapping[str, Draft]) -> None:

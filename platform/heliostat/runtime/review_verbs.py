@@ -1,6 +1,5 @@
 """What `heliostat why` and `heliostat what-if` find out about a curation."""
 
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ from heliostat.crawling.urls import plain_host, plain_url, url_filter
 from heliostat.curation.copies_rows import read_facts
 from heliostat.curation.dedup import EDGES
 from heliostat.curation.forget_list import parse_target
-from heliostat.curation.ledger import MIN_ID_PREFIX
+from heliostat.curation.ledger import MIN_ID_PREFIX, is_id
 from heliostat.curation.ledger_read import open_ledger
 from heliostat.curation.pool_facts import read_edges_above, read_pool_facts
 from heliostat.curation.story import explain
@@ -44,7 +43,7 @@ def why(artifacts: ArtifactStore, name: str, image: str) -> list[str]:
     """The story of an image in sentences, in every curation that knows it. Raises DataError when none does."""
     lines, found = list[str](), curations(artifacts, name)
     names = _spellings_of_source(image)
-    if _is_id(image):
+    if is_id(image):
         names = list(dict.fromkeys([image.lower(), image]))
     for curated in found:
         story = _story(curated, names)
@@ -77,10 +76,6 @@ def _story(curated: Artifact, names: Sequence[str]) -> _Story | None:
         if joined := _joined_as_it_is(curated, name):
             return _Story(joined, is_joined=True)
     return None
-
-
-def _is_id(text: str) -> bool:
-    return re.fullmatch(r"[0-9a-fA-F]{8,64}", text) is not None
 
 
 def _spellings_of_source(source: str) -> list[str]:
