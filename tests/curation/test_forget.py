@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from heliostat.artifacts import ArtifactRef, ArtifactStore, verify
+from heliostat.cli import main
 from heliostat.config import canonical_json
 from heliostat.curation.forget import forget, parse_target, read_forget_list
 from heliostat.curation.forget_files import zero_in_tar
@@ -388,3 +389,11 @@ def test_a_name_that_nothing_has_is_told_and_remembered(tmp_path):
     assert lines[0].startswith("0 images are forgotten")
     assert lines[1].startswith("  nothing in the store has this name")
     assert read_forget_list(artifacts.store).matches(None, pa.array(["https://nobody.example/x.png"])).tolist() == [True]
+
+
+def test_the_command_knows_a_url_in_another_spelling(tmp_path, capsys):
+    artifacts = make_store(tmp_path)
+    assert main(["forget", "HTTPS://Other.Example:443/pages/../0.png#top", f"store={tmp_path}"]) == 0
+    assert "1 images are forgotten" in capsys.readouterr().out
+    assert_gone(artifacts, [10])
+    assert not list(artifacts.store.list("_claims/"))

@@ -27,6 +27,7 @@ from heliostat.tracking import (
     open_tracker,
     ui_command,
 )
+from heliostat.tracking.mlflow_client import one_line
 
 SOURCE_ROOT = str(Path(heliostat.__file__).parents[1])
 
@@ -238,3 +239,13 @@ def test_a_database_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
     ) as caught:
         tracker.prepare()
     assert "\n" not in str(caught.value)
+
+
+def test_a_message_about_a_lost_database_holds_no_statement(tmp_path: Path) -> None:
+    from sqlalchemy.exc import OperationalError
+
+    lost = OperationalError("INSERT INTO metrics VALUES (?)", ("a value",), Exception("disk I/O error"))
+    with pytest.raises(TrackingError, match="disk I/O error") as caught, one_line(f"sqlite:///{tmp_path}/mlflow.db"):
+        raise lost
+    assert "INSERT" not in str(caught.value)
+    assert "a value" not in str(caught.value)
